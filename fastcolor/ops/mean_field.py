@@ -1,0 +1,549 @@
+"""The mean field of a random field over colour labels: colours that agree across a region, and across time.
+
+The formulas are in fastcolor.reference.mean_field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastcolor.bins import ColorBins
+from fastcolor.ops import _backend
+from fastcolor.reference import mean_field as reference
+from fastcolor.reference.mean_field import LabelFactors, Scalar, Similarity
+
+_backend.offer("mean_field")
+
+SIMILARITIES = ("potts", "steps", "gaussian", "quadratic")
+NEIGHBORHOODS = ("square", "cross")
+SCHEDULES = ("parallel", "checkerboard")
+STARTS = ("softmax", "uniform")
+
+# Options of `mean_field` and `MeanField`, by name: `mean_field(unary, guide, **PRESETS["melas_kyriazi_2017"])`.
+PRESETS = {
+    # Melas-Kyriazi and Han 2017: w = exp(−(ΔL)² / 1e-4) with L in [0, 1], so 2 sigma_light² = 1 with L in [0, 100];
+    # unary = probability_unary(logits, 10.0, bins), result = mode(marginals, bins)
+    "melas_kyriazi_2017": {
+        "bins": ColorBins("separable"),
+        "similarity": "steps",
+        "neighborhood": "cross",
+        "radius": 1,
+        "sigma_space": math.inf,
+        "sigma_light": math.sqrt(0.5),
+        "weight": 1.0,
+        "start": "uniform",
+        "schedule": "checkerboard",
+        "sweeps": 8,
+    },
+}
+
+
+def mean_field(
+    logits: Tensor,
+    guide: Tensor,
+    *,
+    similarity: Similarity = "quadratic",
+    gamma: float = 10.0,
+    bins: ColorBins | None = None,
+    radius: int = 2,
+    dilation: int = 1,
+    neighborhood: str = "square",
+    sigma_space: Scalar = 3.0,
+    sigma_light: Scalar = 10.0,
+    weight: Scalar = 1.0,
+    sweeps: int = 5,
+    schedule: str = "parallel",
+    damping: float = 0.0,
+    start: str = "softmax",
+    previous: tuple[Tensor, Tensor] | None = None,
+    weight_time: Scalar = 1.0,
+    sigma_time: Scalar = 10.0,
+    tolerance: float | None = None,
+) -> Tensor:
+    """Marginals of the pairwise field over labels that a guide image steers (Melas-Kyriazi and Han 2017).
+
+        E(y) = − Σ_i u_i(y_i) − ½ Σ_i Σ_{j in N(i)} w_ij s(y_i, y_j)
+        w_ij = weight · exp(−|p_i − p_j|² / 2 sigma_space² − (g_i − g_j)² / 2 sigma_light²)
+        q_i(l) ← softmax_l(u_i(l) + Σ_{j in N(i)} w_ij Σ_l' s(l, l') q_j(l'))
+
+    Differentiable in the logits, the guide, the weights and sigmas that are tensors, the similarity and `previous`.
+    Other unaries are added to the logits: see `hint_unary`, `histogram_unary`, `probability_unary`.
+
+    Args:
+        logits: [B, K, H, W] unary scores u, float64, float32, float16 or bfloat16, any strides. −inf forbids a label;
+            nan spreads to the pixels within reach, as in any convolution.
+        guide: [B, 1, H, W] lightness g, floating, in [0, 100] by convention; on the device of the logits.
+        similarity: s, by name: "potts" (1 where equal), "steps" (10 where equal, 3 within 2 bins, else 0; separable
+            bins only), "gaussian" exp(−|c − c'|² / 2 gamma²), "quadratic" −|c − c'|² / 2 gamma²; or a symmetric
+            [K, K] tensor; or two [K, R] tensors (A, B) with s = A Bᵀ, as from `label_factors`.
+        gamma: width of "gaussian" and "quadratic" in ab units, > 0.
+        bins: the label space. None stands for the 313 joint bins where K = 313, else for K labels without colours.
+            Each axis of separable bins is a distribution of its own; named similarities keep the axes apart, a [K, K]
+            tensor may couple a and b of neighbouring pixels.
+        radius: reach of the neighbourhood in steps, >= 1; pixels outside the image are no neighbours.
+        dilation: pixels per step, >= 1.
+        neighborhood: "square" is all of the window, "cross" only its row and column (radius 1: the 4 neighbours).
+        sigma_space: width in pixels, dilation included, > 0; math.inf for no decay. A float or a 0-dim tensor.
+        sigma_light: width in units of the guide, > 0, likewise.
+        weight: strength of the field, >= 0, likewise.
+        sweeps: updates of all pixels, >= 0; 0 gives the start.
+        schedule: "parallel" updates all pixels at once; "checkerboard" those with even y + x, then the others.
+            On the cross of radius and dilation 1 the latter is coordinate ascent: the bound
+            `fastcolor.reference.mean_field.elbo` never falls.
+        damping: in [0, 1), the share of the old marginals in an update, on the scores (Baqué et al. 2016):
+            q ∝ q_new^(1 − damping) · q_old^damping. Stops the oscillation of strong fields in parallel.
+        start: q before the first sweep: "softmax" of the logits, or "uniform".
+        previous: marginals [B, K, H, W] and guide [B, 1, H, W] of the frame before, one more neighbour at the same
+            pixel, held fixed, with weight_time · exp(−(g − g')² / 2 sigma_time²).
+        weight_time: >= 0, a float or a 0-dim tensor.
+        sigma_time: > 0, in units of the guide, likewise.
+        tolerance: lets a gaussian, steps or matrix s be replaced by one of lower rank, each entry within so much of
+            it; None is exact. It costs an eigendecomposition a call: for many calls pass `label_factors(...)[:2]`.
+
+    Returns:
+        [B, K, H, W] in the dtype of the logits; each axis of labels sums to 1. Arithmetic is float64 for float64
+        logits, else float32.
+
+    Raises:
+        ValueError: a shape, a value or a name is not as above; the message says which, what was expected and what came.
+        TypeError: logits, guide or `previous` are not floating tensors.
+    """
+    options = {
+        "similarity": similarity, "gamma": gamma, "bins": bins, "radius": radius, "dilation": dilation,
+        "neighborhood": neighborhood, "sigma_space": sigma_space, "sigma_light": sigma_light, "weight": weight,
+        "sweeps": sweeps, "schedule": schedule, "damping": damping, "start": start, "previous": previous,
+        "weight_time": weight_time, "sigma_time": sigma_time, "tolerance": tolerance,
+    }  # fmt: skip
+    _check_options(options)
+    _check_entries(similarity)
+    return _run(logits, guide, options)
+
+
+def _run(logits: Tensor, guide: Tensor, options: dict) -> Tensor:
+    """Checks what depends on the tensors' shapes, and calls the backend."""
+    _check_floating("logits", logits)
+    _check_floating("guide", guide)
+    if logits.ndim != 4 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape [B, K, H, W] with K >= 1, got {list(logits.shape)}")
+    batch, labels, height, width = logits.shape
+    _check_shape("guide", guide, [batch, 1, height, width])
+    if guide.device != logits.device:
+        raise ValueError(f"guide must be on {logits.device} as the logits are, got {guide.device}")
+    if options["previous"] is not None:
+        if len(options["previous"]) != 2:
+            raise ValueError(f"previous must be (marginals, guide), got {len(options['previous'])} items")
+        for name, x, channels in zip(("marginals", "guide"), options["previous"], (labels, 1), strict=True):
+            _check_floating(f"previous {name}", x)
+            _check_shape(f"previous {name}", x, [batch, channels, height, width])
+    _check_labels("logits", labels, options["bins"])
+    _check_similarity(options["similarity"], labels, options["bins"])
+    _backend.choose("mean_field", logits.device)  # raises where a backend was asked for that has no kernel
+    with torch.autocast(logits.device.type, enabled=False):  # its matrix products would run in 16 bits
+        return reference.mean_field(logits, guide, **options)
+
+
+class MeanField(nn.Module):
+    """`mean_field` with parameters that are learned; same options, same result.
+
+    Weights and sigmas are kept as logarithms (`log_weight`, ...), so they stay positive; `value("weight")`
+    reads them. A similarity that is learned is a [K, K] parameter `raw_similarity`, used as its symmetric part;
+    or, started from a pair (A, B), the two parameters `raw_a` and `raw_b`, used as they are.
+
+    Args:
+        bins: as in `mean_field`; needed to learn a similarity given by name, unless it is of the 313 joint bins.
+        learn: which of "weight", "sigma_space", "sigma_light", "weight_time", "sigma_time", "similarity" are
+            parameters. An infinite sigma stays as it is. The two of time get a gradient only where `previous` is given.
+        **options: those of `mean_field`, where the learned ones start.
+
+    Raises:
+        ValueError: as `mean_field`; or a learned weight is not > 0, or a name in `learn` is not known.
+    """
+
+    LEARNABLE = ("weight", "sigma_space", "sigma_light", "weight_time", "sigma_time", "similarity")
+
+    def __init__(
+        self,
+        bins: ColorBins | None = None,
+        *,
+        learn: Sequence[str] = ("weight", "sigma_space", "sigma_light"),
+        similarity: Similarity = "quadratic",
+        gamma: float = 10.0,
+        radius: int = 2,
+        dilation: int = 1,
+        neighborhood: str = "square",
+        sigma_space: float = 3.0,
+        sigma_light: float = 10.0,
+        weight: float = 1.0,
+        sweeps: int = 5,
+        schedule: str = "parallel",
+        damping: float = 0.0,
+        start: str = "softmax",
+        weight_time: float = 1.0,
+        sigma_time: float = 10.0,
+        tolerance: float | None = None,
+    ):
+        super().__init__()
+        self.options = {
+            "bins": bins, "gamma": gamma, "radius": radius, "dilation": dilation, "neighborhood": neighborhood,
+            "sweeps": sweeps, "schedule": schedule, "damping": damping, "start": start, "tolerance": tolerance,
+        }  # fmt: skip
+        scalars = {
+            "weight": weight, "sigma_space": sigma_space, "sigma_light": sigma_light,
+            "weight_time": weight_time, "sigma_time": sigma_time,
+        }  # fmt: skip
+        for name in learn:
+            _check_choice("learn", name, self.LEARNABLE)
+        _check_options({**self.options, **scalars, "similarity": similarity})
+        _check_entries(similarity)
+        self._fixed = {}
+        for name, value in scalars.items():
+            if name not in learn or value == math.inf:
+                self._fixed[name] = float(value)
+            elif value > 0:
+                self.register_parameter(f"log_{name}", nn.Parameter(torch.tensor(math.log(value))))
+            else:
+                raise ValueError(f"{name} must be > 0 to be learned, got {value}")
+        self._start_similarity(similarity, "similarity" in learn)
+
+    def _start_similarity(self, similarity: Similarity, learn: bool) -> None:
+        self._named = similarity if isinstance(similarity, str) and not learn else None
+        if self._named is not None:
+            return
+        if isinstance(similarity, str):
+            bins = self.options["bins"] or reference.JOINT_BINS
+            _check_similarity(similarity, bins.count, bins)
+            similarity = reference.similarity_matrix(
+                similarity, bins.count, bins, self.options["gamma"], torch.get_default_dtype()
+            )
+        pair = isinstance(similarity, tuple)
+        tensors = {"raw_a": similarity[0], "raw_b": similarity[1]} if pair else {"raw_similarity": similarity}
+        for name, tensor in tensors.items():
+            start = tensor.detach().clone()
+            if learn:
+                self.register_parameter(name, nn.Parameter(start))
+            else:
+                self.register_buffer(name, start, persistent=False)  # an option, not a state
+
+    def value(self, name: str) -> Scalar | Similarity:
+        """What `mean_field` gets for one of `LEARNABLE`, now."""
+        if name in self._fixed:
+            return self._fixed[name]
+        if name != "similarity":
+            return getattr(self, f"log_{name}").exp()
+        if self._named is not None:
+            return self._named
+        if hasattr(self, "raw_a"):
+            return self.raw_a, self.raw_b
+        return (self.raw_similarity + self.raw_similarity.T) / 2
+
+    def forward(self, logits: Tensor, guide: Tensor, previous: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """[B, K, H, W] logits and [B, 1, H, W] guide to marginals [B, K, H, W]."""
+        learned = {name: self.value(name) for name in self.LEARNABLE}
+        # positive and symmetric by construction: checking the values would make the device wait
+        return _run(logits, guide, {**self.options, **learned, "previous": previous})
+
+    def extra_repr(self) -> str:
+        shown = {**self.options, **self._fixed, "similarity": self._named or "tensor"}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def label_factors(
+    similarity: Similarity = "quadratic",
+    bins: ColorBins | None = None,
+    *,
+    gamma: float = 10.0,
+    tolerance: float | None = None,
+    rank: int | None = None,
+) -> LabelFactors:
+    """A and B with s = A Bᵀ, so that a sweep moves R numbers a pixel instead of K.
+
+    "quadratic" is exact with R = 3 (separable bins: 2 + 2): terms in l' alone cancel in the softmax and are left out.
+    The others are truncated eigendecompositions: the fewest of the largest |eigenvalues| that keep every entry within
+    `tolerance`, and at most `rank` of them; exact, with R = K, where both are None or nothing can be left out.
+
+    Args:
+        similarity: as in `mean_field`.
+        bins: the label space, the 313 joint bins if left out (not needed by a tensor).
+        gamma: in ab units, > 0.
+        tolerance: the largest error of an entry, >= 0; "quadratic" is always exact.
+        rank: the largest R, >= 1; "quadratic" takes its own.
+
+    Returns:
+        (a, b, error): float64 [K, R] twice, and the largest |s − A Bᵀ| of an entry, which is above the tolerance only
+        where `rank` ended it. The gradient of a [K, K] tensor flows through A, with the basis B held constant.
+
+    Raises:
+        ValueError: as in `mean_field`.
+    """
+    _check_options({"similarity": similarity, "gamma": gamma, "tolerance": tolerance})
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    if isinstance(similarity, str):
+        labels, device = (bins or reference.JOINT_BINS).count, "cpu"
+    else:
+        first = similarity[0] if isinstance(similarity, tuple) else similarity
+        labels, device = len(first), first.device
+    bins = reference.resolve_bins(bins, labels)
+    _check_labels("similarity", labels, bins)
+    _check_similarity(similarity, labels, bins)
+    _check_entries(similarity)
+    return reference.label_factors(similarity, labels, bins, gamma, tolerance, rank, device=device)
+
+
+def annealed_mean(marginals: Tensor, temperature: Scalar = 0.38, bins: ColorBins | None = None) -> Tensor:
+    """The annealed mean Σ c q^(1/T) / Σ q^(1/T) of Zhang et al. 2016 (arXiv 1603.08511), equation 5.
+
+    Args:
+        marginals: [B, K, H, W], floating, not negative; any strides. They need not sum to 1.
+        temperature: T > 0, a float or a 0-dim tensor: 1 is the mean, towards 0 it becomes the mode.
+        bins: the label space; the 313 joint bins if left out. Separable bins give a from their first axis, b from
+            their second.
+
+    Returns:
+        ab [B, 2, H, W], float64 for float64 marginals, else float32: 16 bits would band.
+
+    Raises:
+        ValueError: the shape is another, K is not that of the bins, or T is not > 0.
+        TypeError: marginals are not floating.
+    """
+    bins = _check_marginals(marginals, bins)
+    if not 0 < _number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {_number('temperature', temperature)}")
+    with torch.autocast(marginals.device.type, enabled=False):
+        return reference.annealed_mean(marginals, temperature, bins)
+
+
+def mode(marginals: Tensor, bins: ColorBins | None = None) -> Tensor:
+    """The colour of the most probable label (of each axis), the first one among equals. Not differentiable.
+
+    Args:
+        marginals: [B, K, H, W], floating; logits of one axis have the same mode.
+        bins: the label space; the 313 joint bins if left out.
+
+    Returns:
+        ab [B, 2, H, W], float64 for float64 marginals, else float32.
+
+    Raises:
+        ValueError: the shape is another, or K is not that of the bins.
+        TypeError: marginals are not floating.
+    """
+    return reference.mode(marginals, _check_marginals(marginals, bins))
+
+
+def entropy(marginals: Tensor) -> Tensor:
+    """− Σ q log q in nats, a map of the doubt: 0 where one label has it all, log K where all are equal.
+
+    Args:
+        marginals: [B, K, H, W], floating. Of separable labels both axes are summed: the entropy of the colour.
+
+    Returns:
+        [B, 1, H, W], float64 for float64 marginals, else float32.
+
+    Raises:
+        ValueError: the shape is another.
+        TypeError: marginals are not floating.
+    """
+    _check_floating("marginals", marginals)
+    if marginals.ndim != 4:
+        raise ValueError(f"marginals must have shape [B, K, H, W], got {list(marginals.shape)}")
+    return reference.entropy(marginals)
+
+
+def probability_unary(logits: Tensor, scale: float = 10.0, bins: ColorBins | None = None) -> Tensor:
+    """scale · softmax(logits), the unary of Melas-Kyriazi and Han 2017, to be given to `mean_field` as its logits.
+
+    Args:
+        logits: [B, K, H, W] of the network, floating.
+        scale: 10 in the paper.
+        bins: the label space, whose axes are normalized apart. None: the 313 joint bins where K = 313, else one axis.
+
+    Returns:
+        [B, K, H, W] in the dtype of the logits.
+
+    Raises:
+        ValueError: the shape is another, or K is not that of the bins.
+        TypeError: logits are not floating.
+    """
+    _check_floating("logits", logits)
+    if logits.ndim != 4:
+        raise ValueError(f"logits must have shape [B, K, H, W], got {list(logits.shape)}")
+    _check_labels("logits", logits.shape[1], bins)
+    return reference.probability_unary(logits, scale, bins)
+
+
+def histogram_unary(histogram: Tensor, bins: ColorBins | None = None) -> Tensor:
+    """log h, to be added to the logits: the distribution of each pixel times a global histogram (Melas-Kyriazi and
+    Han 2017). A label with no count is forbidden (−inf).
+
+    Args:
+        histogram: [K] floating, finite, >= 0, counts or probabilities, as from `ColorBins.histogram`; each axis is
+            normalized to 1.
+        bins: the label space. None: the 313 joint bins where K = 313, else one axis.
+
+    Returns:
+        [1, K, 1, 1], float64 for a float64 histogram, else float32.
+
+    Raises:
+        ValueError: the shape is another, a value is negative or not finite, or an axis is all zero.
+        TypeError: the histogram is not floating.
+    """
+    _check_floating("histogram", histogram)
+    if histogram.ndim != 1 or len(histogram) == 0:
+        raise ValueError(f"histogram must have shape [K], got {list(histogram.shape)}")
+    _check_labels("histogram", len(histogram), bins)
+    if not (histogram.isfinite().all() and (histogram >= 0).all()):
+        raise ValueError("histogram must be finite and not negative")
+    axes = reference.label_axes(reference.resolve_bins(bins, len(histogram)), len(histogram))
+    if any(histogram[place].sum() == 0 for place in axes):
+        raise ValueError("histogram must have a label with a count on each axis, got all zero")
+    return reference.histogram_unary(histogram, bins)
+
+
+def hint_unary(
+    ab: Tensor,
+    mask: Tensor,
+    bins: ColorBins | None = None,
+    *,
+    strength: float = 20.0,
+    neighbors: int = 5,
+    sigma: float = 5.0,
+) -> Tensor:
+    """Clicked colours, to be added to the logits.
+
+    At a pixel of the mask the label nearest to its colour gains `strength`, the other near ones less by how much
+    farther they are, strength − (d² − d_nearest²) / 2 sigma², and never below 0. Where that outweighs the logits, what
+    remains is the soft-encoding of the colour (Zhang et al. 2016, section 2.1), whose mean is the colour itself and not
+    the nearest centre.
+
+    Args:
+        ab: [B, 2, H, W] floating colours; read only inside the mask.
+        mask: [B, 1, H, W] bool, where a colour is given.
+        bins: the label space; the 313 joint bins if left out. Separable bins are hinted on each axis.
+        strength: in units of the logits, >= 0.
+        neighbors: how many labels (of each axis) may gain, >= 1.
+        sigma: in ab units, > 0.
+
+    Returns:
+        [B, K, H, W], 0 outside the mask; float64 for float64 colours, else float32.
+
+    Raises:
+        ValueError: a shape or a value is not as above.
+        TypeError: ab is not floating or the mask not bool.
+    """
+    _check_floating("ab", ab)
+    if ab.ndim != 4 or ab.shape[1] != 2:
+        raise ValueError(f"ab must have shape [B, 2, H, W], got {list(ab.shape)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    _check_shape("mask", mask, [ab.shape[0], 1, *ab.shape[2:]])
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength must be >= 0 and finite, got {strength}")
+    if neighbors < 1:
+        raise ValueError(f"neighbors must be >= 1, got {neighbors}")
+    if not sigma > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma}")
+    return reference.hint_unary(ab, mask, bins, strength, neighbors, sigma)
+
+
+def _number(name: str, value: Scalar) -> float:
+    """The value of a float or 0-dim tensor; while a graph is traced a tensor has none, and 1.0 passes every check."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.ndim != 0:
+        raise ValueError(f"{name} must be a float or a 0-dim tensor, got shape {list(value.shape)}")
+    return 1.0 if torch.compiler.is_compiling() else value.item()
+
+
+def _check_options(options: dict) -> None:
+    """What can be said without the logits."""
+    for name in ("radius", "dilation"):
+        if name in options and options[name] < 1:
+            raise ValueError(f"{name} must be >= 1, got {options[name]}")
+    if options.get("sweeps", 0) < 0:
+        raise ValueError(f"sweeps must be >= 0, got {options['sweeps']}")
+    if not 0 <= options.get("damping", 0.0) < 1:
+        raise ValueError(f"damping must be in [0, 1), got {options['damping']}")
+    if not 0 < options["gamma"] < math.inf:
+        raise ValueError(f"gamma must be > 0 and finite, got {options['gamma']}")
+    if options["tolerance"] is not None and not options["tolerance"] >= 0:
+        raise ValueError(f"tolerance must be >= 0 or None, got {options['tolerance']}")
+    for name in ("sigma_space", "sigma_light", "sigma_time"):
+        if name in options and not _number(name, options[name]) > 0:
+            raise ValueError(f"{name} must be > 0, got {_number(name, options[name])}")
+    for name in ("weight", "weight_time"):
+        if name in options and not 0 <= _number(name, options[name]) < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {_number(name, options[name])}")
+    named = {"neighborhood": NEIGHBORHOODS, "schedule": SCHEDULES, "start": STARTS}
+    for name, choices in named.items():
+        if name in options:
+            _check_choice(name, options[name], choices)
+    if isinstance(options["similarity"], str):
+        _check_choice("similarity", options["similarity"], SIMILARITIES)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
+    if list(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
+
+
+def _check_labels(name: str, labels: int, bins: ColorBins | None) -> None:
+    if bins is not None and bins.count != labels:
+        raise ValueError(f"{name} must have {bins.count} labels for {bins!r}, got {labels}")
+
+
+def _check_marginals(marginals: Tensor, bins: ColorBins | None) -> ColorBins:
+    _check_floating("marginals", marginals)
+    bins = bins or reference.JOINT_BINS
+    if marginals.ndim != 4:
+        raise ValueError(f"marginals must have shape [B, {bins.count}, H, W], got {list(marginals.shape)}")
+    _check_labels("marginals", marginals.shape[1], bins)
+    return bins
+
+
+def _check_similarity(similarity: Similarity, labels: int, bins: ColorBins | None) -> None:
+    if isinstance(similarity, tuple):
+        a, b = similarity
+        if a.ndim != 2 or a.shape[0] != labels or a.shape[1] == 0 or a.shape != b.shape:
+            raise ValueError(
+                f"similarity factors must both have shape [{labels}, R], got {list(a.shape)} and {list(b.shape)}"
+            )
+        return
+    if isinstance(similarity, Tensor):
+        _check_shape("similarity", similarity, [labels, labels])
+        return
+    bins = reference.resolve_bins(bins, labels)
+    if similarity in ("gaussian", "quadratic") and bins is None:
+        raise ValueError(f"similarity {similarity!r} needs the colours of the labels: bins with K = {labels}, got None")
+    if similarity == "steps" and (bins is None or bins.kind != "separable"):
+        raise ValueError(f"similarity 'steps' needs labels in a row: bins=ColorBins('separable'), got {bins!r}")
+
+
+def _check_entries(similarity: Similarity) -> None:
+    """What only the values of a similarity given as tensors can say; a graph that is traced has none."""
+    if isinstance(similarity, str) or torch.compiler.is_compiling():
+        return
+    tensors = similarity if isinstance(similarity, tuple) else (similarity,)
+    if not all(s.isfinite().all() for s in tensors):
+        raise ValueError("similarity must be finite")
+    if isinstance(similarity, tuple):
+        return
+    s = similarity.detach()
+    if s.ndim != 2 or s.shape[0] != s.shape[1] or len(s) == 0:
+        raise ValueError(f"similarity must have shape [K, K], got {list(s.shape)}")
+    apart, largest = (s - s.T).abs().max().item(), s.abs().max().item()
+    if apart > 1e-5 * largest:  # rounding of a product in float32 passes
+        raise ValueError(f"similarity must be symmetric, got entries that differ by {apart:.3g} from their mirror")

@@ -1,0 +1,1 @@
+"""The operations in plain PyTorch: the definition, the oracle of every test, the last fallback."""

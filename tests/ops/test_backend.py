@@ -1,0 +1,92 @@
+"""Choice of backend: explicit wishes raise, automatic choices fall back and say so once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastcolor
+from fastcolor.ops import _backend
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_cpp(monkeypatch):
+    """As after an installation without a compiler."""
+    monkeypatch.setattr(_backend, "native", lambda module: "No module named 'fastcolor._cpu'")
+    _backend._missing.cache_clear()
+    _backend._say_once.cache_clear()
+    yield
+    _backend._missing.cache_clear()
+
+
+def test_unknown_name():
+    with pytest.raises(
+        fastcolor.BackendError, match="no backend is called 'simd'; there are cuda, triton, cpp, reference"
+    ):
+        with fastcolor.use_backend("simd"):
+            pass
+
+
+def test_absent_backend_says_what_is_missing(without_cpp):
+    with pytest.raises(fastcolor.BackendError, match=r"not built .*reinstall with a C\+\+17 compiler"):
+        with fastcolor.use_backend("cpp"):
+            pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_without_a_device():
+    with pytest.raises(fastcolor.BackendError, match="needs a CUDA device"):
+        with fastcolor.use_backend("cuda"):
+            pass
+
+
+def test_fallback_works_and_is_said_once(without_cpp, caplog):
+    rgb = torch.rand(3, 4, 4)
+    with caplog.at_level(logging.WARNING, "fastcolor"):
+        first, second = fastcolor.rgb_to_lab(rgb), fastcolor.rgb_to_lab(rgb)
+    assert torch.equal(first, second)
+    assert len(caplog.records) == 1
+    assert "runs on the reference backend: the C++ kernels are not built" in caplog.text
+
+
+def test_operation_without_the_backend():
+    with fastcolor.use_backend("cpp"):
+        with pytest.raises(fastcolor.BackendError, match="color_cross_entropy has no backend 'cpp'; it has reference"):
+            fastcolor.color_cross_entropy(torch.zeros(1, 313, 1, 1), torch.zeros(1, 2, 1, 1))
+    with fastcolor.use_backend("cpp", "reference"):
+        assert _backend.choose("color_cross_entropy", CPU).name == "reference"
+        assert _backend.choose("rgb_to_lab", CPU).name == "cpp"
+
+
+def test_nesting_and_errors_restore():
+    with fastcolor.use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), fastcolor.use_backend("auto"):
+            assert _backend.forced() == ()
+            raise ZeroDivisionError
+        assert _backend.forced() == ("reference",)
+    assert _backend.forced() == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reference", "('reference',)"),
+        ("auto", "()"),
+        ("Cpp, Reference", "('cpp', 'reference')"),
+        ("fast", "BackendError"),
+    ],
+)
+def test_environment(value, expected):
+    code = "import fastcolor.ops._backend as b; print(b.forced())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FASTCOLOR_BACKEND": value},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert expected in run.stdout + run.stderr

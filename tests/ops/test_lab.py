@@ -1,0 +1,331 @@
+"""RGB ↔ Lab: every backend on the CPU against the float64 reference, and the reference against scikit-image."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from helpers import available, largest_error
+
+import fastcolor
+from fastcolor.ops import _backend
+from fastcolor.reference import lab as reference
+
+BACKENDS = available("cpp", "reference")
+SHAPES = [(3, 1, 1), (2, 3, 7, 13), (1, 3, 33, 65), (2, 2, 3, 1, 1031), (0, 3, 4, 4), (3, 0, 5)]
+both = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+cpp = pytest.mark.skipif(_backend.missing("cpp") is not None, reason=str(_backend.missing("cpp")))
+
+
+def some_rgb(shape, dtype=torch.float32):
+    """Over all of sRGB, with black, white, both knees, and a little outside."""
+    rgb = torch.rand(shape, dtype=torch.float64) * 1.1 - 0.05
+    special = torch.tensor([0.0, 1.0, 0.04045, 0.0404501, 1e-9, 0.1, 0.2068965])
+    rgb.flatten()[: len(special)] = special[: rgb.numel()]
+    return rgb.to(dtype)
+
+
+def some_lab(shape, dtype=torch.float32, spread=40.0):
+    """Mostly inside sRGB, a third outside."""
+    L = torch.rand(shape, dtype=torch.float64) * 100
+    ab = torch.randn(shape, dtype=torch.float64) * spread
+    at = torch.arange(3).reshape(3, 1, 1)
+    return torch.where(at == 0, L, ab).to(dtype)
+
+
+def all_bytes():
+    """The 16,777,216 8-bit colours, [3, 4096, 4096]."""
+    v = torch.arange(256, dtype=torch.uint8)
+    return torch.stack(torch.meshgrid(v, v, v, indexing="ij")).reshape(3, 4096, 4096)
+
+
+def in_order(planar, layout):
+    """A planar-shaped tensor [..., 3, H, W] in another memory order, or seen through a view."""
+    if layout == "interleaved":
+        return planar.movedim(-3, -1).contiguous().movedim(-1, -3)
+    if layout == "strided":
+        wide = planar.new_empty(*planar.shape[:-1], 2 * planar.shape[-1])
+        wide[..., ::2] = planar
+        return wide[..., ::2]
+    return planar.contiguous()
+
+
+@both
+def test_all_byte_colours(backend):
+    """|ΔLab| <= 1e-3 against float64 on every 8-bit colour, and all of them come back."""
+    rgb = all_bytes()
+    worst = 0.0
+    with fastcolor.use_backend(backend.name):
+        for rows in range(0, 4096, 512):
+            part = rgb[:, rows : rows + 512]
+            lab = fastcolor.rgb_to_lab(part)
+            worst = max(worst, largest_error(lab, reference.rgb_to_lab(part, dtype=torch.float64)))
+            assert torch.equal(fastcolor.lab_to_rgb(lab, dtype=torch.uint8), part)
+    assert worst <= 1e-3
+
+
+def test_reference_is_scikit_image():
+    color = pytest.importorskip("skimage.color")
+    rgb = torch.rand(64, 65, 3, dtype=torch.float64)
+    rgb[0, 0], rgb[0, 1] = 0, 1
+    lab = reference.rgb_to_lab(rgb, channels_last=True)
+    assert largest_error(lab, torch.from_numpy(color.rgb2lab(rgb.numpy()))) < 1e-10
+    back = torch.from_numpy(color.lab2rgb(lab.numpy()))
+    assert largest_error(reference.lab_to_rgb(lab, channels_last=True), back) < 1e-10
+
+
+@both
+@pytest.mark.parametrize("layout", ["planar", "interleaved", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_matches_float64(backend, shape, layout):
+    rgb, lab = some_rgb(shape), some_lab(shape)
+    with fastcolor.use_backend(backend.name):
+        to_lab = fastcolor.rgb_to_lab(in_order(rgb, layout))
+        to_rgb = fastcolor.lab_to_rgb(in_order(lab, layout))
+    assert to_lab.is_contiguous() or backend.name == "reference"
+    assert largest_error(to_lab, reference.rgb_to_lab(rgb.double())) <= 1e-3
+    assert largest_error(to_rgb, reference.lab_to_rgb(lab.double())) <= 1e-5
+
+
+@both
+@pytest.mark.parametrize("layout", ["planar", "interleaved", "strided"])
+def test_channels_last_is_the_same(backend, layout):
+    rgb, lab = some_rgb((2, 3, 19, 23)), some_lab((2, 3, 19, 23))
+    with fastcolor.use_backend(backend.name):
+        for convert, planar in ((fastcolor.rgb_to_lab, rgb), (fastcolor.lab_to_rgb, lab)):
+            last = convert(in_order(planar, layout).movedim(-3, -1), channels_last=True)
+            assert largest_error(last.movedim(-1, -3), convert(planar)) <= 1e-6 * 100
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_integers(backend, dtype, channels_last):
+    top = reference.LEVELS[dtype]
+    levels = torch.randint(0, top + 1, (2, 3, 31, 37))
+    levels.flatten()[:4] = torch.tensor([0, top, 1, top - 1])
+    rgb = levels.to(dtype)
+    if channels_last:
+        rgb = rgb.to(torch.int32).movedim(1, -1).contiguous().to(dtype)
+    with fastcolor.use_backend(backend.name):
+        lab = fastcolor.rgb_to_lab(rgb, channels_last=channels_last)
+        back = fastcolor.lab_to_rgb(lab, channels_last=channels_last, dtype=dtype)
+    assert lab.dtype == torch.float32 and back.dtype == dtype
+    assert largest_error(lab, reference.rgb_to_lab(rgb, channels_last, dtype=torch.float64)) <= 1e-3
+    # 8 bits come back exactly; float32 Lab holds 16 bits to within one level, and nearly always exactly
+    off = (back.to(torch.int32) - rgb.to(torch.int32)).abs()
+    assert off.max() <= (0 if dtype == torch.uint8 else 1) and (off > 0).float().mean() <= 1e-3
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(backend, dtype):
+    """As exact as the type allows: arithmetic is float32, and only the result is rounded."""
+    rgb, lab = some_rgb((3, 16, 17), dtype), some_lab((3, 16, 17), dtype)
+    with fastcolor.use_backend(backend.name):
+        to_lab, to_rgb = fastcolor.rgb_to_lab(rgb), fastcolor.lab_to_rgb(lab)
+    assert to_lab.dtype == to_rgb.dtype == dtype
+    exact = reference.rgb_to_lab(rgb.double())
+    assert ((to_lab.double() - exact).abs() <= 1e-3 + exact.abs() * torch.finfo(dtype).eps).all()
+    assert largest_error(to_rgb, reference.lab_to_rgb(lab.double())) <= 1e-5 + torch.finfo(dtype).eps / 2
+
+
+@both
+@pytest.mark.parametrize("gamut", ["clip", "preserve_lightness"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_match_float64(backend, gamut, channels_last):
+    rgb, lab = some_rgb((2, 3, 17, 19)), some_lab((2, 3, 17, 19))
+    lab[0, 1:, 0, :5] = 0  # greys
+    lab[0, 0, 0, :3] = torch.tensor([0.0, 100.0, 50.0])
+    if channels_last:
+        rgb, lab = rgb.movedim(1, -1).contiguous(), lab.movedim(1, -1).contiguous()
+    for convert, exactly, x, options in (
+        (fastcolor.rgb_to_lab, reference.rgb_to_lab, rgb, {}),
+        (fastcolor.lab_to_rgb, reference.lab_to_rgb, lab, {"gamut": gamut}),
+    ):
+        upstream = torch.randn_like(x)
+        fast, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+        with fastcolor.use_backend(backend.name):
+            convert(fast, channels_last=channels_last, **options).backward(upstream)
+        exactly(exact, channels_last, **options).backward(upstream.double())
+        error = (fast.grad.double() - exact.grad).abs()
+        # relative to the pixel's own gradient; at a kink (a knee, a gamut bound) either side is right
+        scale = exact.grad.abs().amax(-1 if channels_last else 1, keepdim=True) + 1e-3
+        off = (error / scale > 2e-3).any(-1 if channels_last else 1)
+        assert off.float().mean() <= 0.005
+        assert fast.grad.isfinite().all()
+
+
+def test_gradcheck_of_the_reference():
+    rgb = torch.rand(1, 3, 3, 4, dtype=torch.float64).clamp(0.06, 1).requires_grad_()
+    assert torch.autograd.gradcheck(reference.rgb_to_lab, rgb)
+    inside = reference.rgb_to_lab(rgb.detach().clamp(0.1, 0.9)).requires_grad_()
+    assert torch.autograd.gradcheck(reference.lab_to_rgb, inside)
+    assert torch.autograd.gradcheck(fastcolor.rgb_to_lab, rgb)  # float64 takes the reference
+
+
+def test_gradient_of_the_gamut_scale_by_differences():
+    """preserve_lightness outside sRGB: the implicit gradient against central differences."""
+    lab = torch.tensor([[60.0, 90.0, 40.0], [30.0, 20.0, -110.0], [80.0, -100.0, 60.0]], dtype=torch.float64)
+    lab = lab.T.reshape(3, 1, 3).clone().requires_grad_()
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64).reshape(3, 1, 1)
+
+    def scalar(x):
+        # not rounded at the bound: a channel that touches it is cut by the clip, one way or the other
+        t = reference.gamut_scale(*x.unbind(0))
+        return (torch.stack(reference.lab_to_linear(x[0], t * x[1], t * x[2])) * upstream).sum()
+
+    (gradient,) = torch.autograd.grad(scalar(lab), lab)
+    step = 1e-3
+    for place in np.ndindex(3, 1, 3):
+        up, down = lab.detach().clone(), lab.detach().clone()
+        up[place] += step
+        down[place] -= step
+        numeric = (scalar(up) - scalar(down)) / (2 * step)
+        assert abs(gradient[place] - numeric) <= 1e-4
+
+
+@both
+def test_preserve_lightness(backend):
+    """L and hue stay, chroma never grows, colours inside are not touched."""
+    lab = some_lab((3, 40, 41), spread=60.0)
+    lab[0].clamp_(2, 98)
+    with fastcolor.use_backend(backend.name):
+        rgb = fastcolor.lab_to_rgb(lab, gamut="preserve_lightness")
+    back = reference.rgb_to_lab(rgb.double())
+    assert largest_error(back[0], lab[0]) < 0.02
+    chroma, wished = back[1:].norm(dim=0), lab[1:].double().norm(dim=0)
+    assert (chroma <= wished + 0.02).all()
+    cross = back[1] * lab[2] - back[2] * lab[1]
+    assert (cross.abs() / wished.clamp_min(1) <= 0.02).all()  # same direction from the grey axis
+    excess = torch.stack(reference.lab_to_linear(*lab.double()))
+    inside = (excess >= 0).all(0) & (excess <= 1).all(0)
+    assert 0.1 < inside.float().mean() < 0.9
+    assert largest_error(chroma[inside], wished[inside]) < 0.01
+    outside_rgb = rgb[:, ~inside]
+    touches = torch.minimum(outside_rgb.amin(0), 1 - outside_rgb.amax(0))
+    assert touches.max() < 2e-3  # no more is taken away than needed
+
+
+@both
+def test_nan_and_out_of_range(backend):
+    lab = torch.tensor([float("nan"), 0.0, 0.0]).reshape(3, 1, 1)
+    with fastcolor.use_backend(backend.name):
+        assert fastcolor.lab_to_rgb(lab).isnan().all()
+        assert (fastcolor.lab_to_rgb(lab, dtype=torch.uint8) == 0).all()
+        assert fastcolor.rgb_to_lab(torch.full((3, 1, 1), float("nan"))).isnan().all()
+        over = torch.tensor([[150.0, 0.0, 0.0], [-20.0, 0.0, 0.0]]).T.reshape(3, 1, 2)
+        for gamut in ("clip", "preserve_lightness"):
+            rgb = fastcolor.lab_to_rgb(over, dtype=torch.uint8, gamut=gamut)
+            assert rgb[:, 0, 0].tolist() == [255] * 3 and rgb[:, 0, 1].tolist() == [0] * 3
+
+
+def address(tensor):
+    return tensor.data_ptr()
+
+
+@cpp
+def test_cube_root_bound():
+    """The bound beside inverse_cbrt in lab_math.h: 4e-7 relative, over four million points."""
+    x = torch.exp2(torch.linspace(-9, 3, 1 << 22, dtype=torch.float64)).float()
+    out = torch.empty_like(x)
+    _backend.native("_cpu").inverse_cbrt(address(x), address(out), x.numel())
+    exact = x.double().pow(-1 / 3)
+    assert ((out.double() - exact).abs() / exact).max() <= 4e-7
+
+
+@cpp
+def test_power_bound():
+    """The bounds beside power and the sRGB transfer in lab_math.h, over four million points each."""
+    x = torch.exp2(torch.linspace(-20, 20, 1 << 22, dtype=torch.float64)).float()
+    out = torch.empty_like(x)
+    for p in (2.4, 1 / 2.4, 1.4, 1 / 2.4 - 1):
+        p = ctypes.c_float(p).value
+        _backend.native("_cpu").power(address(x), p, address(out), x.numel())
+        exact = x.double().pow(p)
+        within = (p * x.double().log2()).abs() <= 12
+        assert ((out.double() - exact).abs() / exact)[within].max() <= 2e-6
+    c = torch.linspace(0, 1, 3 << 20, dtype=torch.float64).float().reshape(3, 1024, 1024)
+    with fastcolor.use_backend("cpp"):
+        round_trip = fastcolor.lab_to_rgb(fastcolor.rgb_to_lab(c[:1].expand(3, -1, -1)))
+    assert largest_error(round_trip, c[:1].expand(3, -1, -1)) <= 4e-6
+
+
+@cpp
+def test_threads_do_not_change_a_bit():
+    rgb = torch.randint(0, 256, (3, 211, 307), dtype=torch.uint8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = fastcolor.rgb_to_lab(rgb)
+        torch.set_num_threads(3)
+        assert torch.equal(one, fastcolor.rgb_to_lab(rgb))
+    finally:
+        torch.set_num_threads(before)
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]  # a wrong fake passes on the first
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_opcheck(layout, dtype):
+    rgb = (torch.rand(2, 3, 4, 5) * 255).to(dtype).contiguous(memory_format=layout)
+    lab = some_lab((2, 3, 4, 5)).contiguous(memory_format=layout)
+    ops = torch.ops.fastcolor
+    torch.library.opcheck(ops.rgb_to_lab.default, (rgb, False, torch.float32))
+    torch.library.opcheck(ops.rgb_to_lab.default, (rgb.movedim(1, -1), True, torch.float32))
+    torch.library.opcheck(ops.lab_to_rgb.default, (lab, False, dtype, True))
+    torch.library.opcheck(ops.lab_to_rgb.default, (lab.movedim(1, -1), True, dtype, False))
+    if dtype == torch.float32:
+        torch.library.opcheck(ops.rgb_to_lab_backward.default, (lab, rgb, False))
+        torch.library.opcheck(ops.lab_to_rgb_backward.default, (rgb, lab, False, True))
+
+
+@both
+def test_compile_fullgraph(backend):
+    rgb = torch.rand(2, 3, 8, 9, requires_grad=True)
+
+    def through(x):
+        lab = fastcolor.rgb_to_lab(x)
+        return fastcolor.lab_to_rgb(lab * 0.9, gamut="preserve_lightness")
+
+    # aot_eager: tracing, fakes and autograd for real, without a C++ compiler at work
+    compiled = torch.compile(through, fullgraph=True, backend="aot_eager")
+    with fastcolor.use_backend(backend.name):
+        expected = through(rgb)
+        result = compiled(rgb)
+        assert largest_error(result.detach(), expected.detach()) <= 1e-6
+        upstream = torch.randn_like(result)
+        ours, theirs = (torch.autograd.grad(y, rgb, upstream)[0] for y in (result, expected))
+    assert largest_error(ours, theirs) <= 1e-5
+
+
+@cpp
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return fastcolor.rgb_to_lab(x)
+
+    rgb = torch.randint(0, 256, (1, 3, 8, 9), dtype=torch.uint8)
+    program = torch.export.export(Module(), (rgb,))
+    assert torch.equal(program.module()(rgb), fastcolor.rgb_to_lab(rgb))
+
+
+def test_errors_say_what_came():
+    with pytest.raises(ValueError, match=r"rgb must have shape \[\.\.\., 3, H, W\], got \[2, 4, 5\]"):
+        fastcolor.rgb_to_lab(torch.rand(2, 4, 5))
+    with pytest.raises(ValueError, match=r"rgb must have shape \[\.\.\., H, W, 3\], got \[3, 4, 5\]"):
+        fastcolor.rgb_to_lab(torch.rand(3, 4, 5), channels_last=True)
+    with pytest.raises(TypeError, match=r"rgb must be of .* got torch.int64"):
+        fastcolor.rgb_to_lab(torch.zeros(3, 4, 5, dtype=torch.int64))
+    with pytest.raises(TypeError, match="rgb must be a torch.Tensor, got ndarray"):
+        fastcolor.rgb_to_lab(np.zeros((3, 4, 5)))
+    with pytest.raises(TypeError, match=r"lab must be of .* got torch.uint8"):
+        fastcolor.lab_to_rgb(torch.zeros(3, 4, 5, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"dtype must be one of .* got torch.int32"):
+        fastcolor.lab_to_rgb(torch.zeros(3, 4, 5), dtype=torch.int32)
+    with pytest.raises(ValueError, match="gamut must be one of clip, preserve_lightness; got 'cut'"):
+        fastcolor.lab_to_rgb(torch.zeros(3, 4, 5), gamut="cut")
