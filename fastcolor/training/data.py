@@ -1,0 +1,225 @@
+"""Folders of photos as batches of uint8 RGB crops, the same ones whatever the number of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, open_file, reason, to_srgb
+
+GREY = "greyscale: no colour to learn from"
+_GREY_LEVELS = 3  # largest difference between channels, of 255, in a picture that counts as grey
+
+
+class DataError(ValueError):
+    """A folder that nothing can be learned from. The message names it."""
+
+
+@dataclass
+class Problems:
+    """Files that were left out, each with its reason, in the order they were found."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, path: str, why: str) -> bool:
+        """Notes a file; False where it was known already."""
+        if path in self.reasons:
+            return False
+        self.reasons[path] = why
+        return True
+
+    def counts(self) -> Counter:
+        return Counter("greyscale" if why == GREY else "unreadable" for why in self.reasons.values())
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files below a folder, by their suffix, sorted; hidden files and folders are passed over."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(place, n) for n in sorted(names) if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
+    return found
+
+
+def split_folder(data: str | Path, val_share: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Training and validation files: the folders train/ and val/ where both are there, else a seeded split of all.
+
+    Raises:
+        DataError: no such folder, or fewer than one image for either side.
+    """
+    data = Path(data)
+    if not data.is_dir():
+        raise DataError(f"{data}: {'is a file' if data.exists() else 'no such folder'}, expected a folder of images")
+    if (data / "train").is_dir() and (data / "val").is_dir():
+        train, val = find_images(data / "train"), find_images(data / "val")
+        for files, name in ((train, "train"), (val, "val")):
+            if not files:
+                raise DataError(f"{data / name}: no images in it ({', '.join(sorted(SUFFIXES))})")
+        return train, val
+    files = find_images(data)
+    if len(files) < 2:
+        found = "no images" if not files else "one image only, and training needs two: one to learn from, one to check"
+        raise DataError(f"{data}: {found} ({', '.join(sorted(SUFFIXES))})")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(max(1, round(len(files) * val_share)), len(files) - 1)
+    return [files[i] for i in sorted(order[held_out:])], [files[i] for i in sorted(order[:held_out])]
+
+
+def check_headers(files: Sequence[Path], problems: Problems, advance: Callable[[], None] = lambda: None) -> list[Path]:
+    """The files whose headers say that they are colour images; the others go to `problems`.
+
+    Headers only, so that a million files are a matter of minutes. What is wrong further in is found when it is read.
+    """
+
+    def look(path: Path) -> str | None:
+        try:
+            image = open_file(path)
+            return GREY if image.interpretation in ("b-w", "grey16") and not image.get_typeof("palette") else None
+        except ImageError as error:
+            return str(error)
+        finally:
+            advance()
+
+    good = []
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        for path, why in zip(files, pool.map(look, files), strict=True):
+            if why is None:
+                good.append(path)
+            else:
+                problems.add(str(path), why)
+    return good
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """A short name for a list of files, by their names and order."""
+    return hashlib.sha256("\n".join(f"{f.parent.name}/{f.name}" for f in files).encode()).hexdigest()[:16]
+
+
+class PhotoCrops(Dataset):
+    """Square crops [size, size, 3] uint8, asked for as (epoch, index).
+
+    Random crops (part of the short-side square, mirrored half of the time) are drawn from (seed, epoch, index) alone:
+    neither workers nor an interruption change them. `epoch` None gives the middle square, whole.
+    """
+
+    def __init__(self, files: Sequence[Path], size: int, seed: int = 0, crop: float = 0.4):
+        self.files = [str(f) for f in files]
+        self.size, self.seed, self.crop = size, seed, crop
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int | None, int]) -> tuple[np.ndarray, list[tuple[str, str]]]:
+        """The crop, and the files that failed on the way: the next good file takes the place of a bad one."""
+        epoch, first = key
+        failed = []
+        for offset in range(min(len(self.files), 1000)):
+            index = (first + offset) % len(self.files)
+            try:
+                return self._load(epoch, index), failed
+            except ImageError as error:
+                failed.append((self.files[index], str(error)))
+            except libvips().Error as error:
+                failed.append((self.files[index], f"{self.files[index]}: broken ({reason(error)})"))
+        raise DataError(f"{len(failed)} files in a row could not be used; the first: {failed[0][1]}")
+
+    def _load(self, epoch: int | None, index: int) -> np.ndarray:
+        path, size = self.files[index], self.size
+        image = open_file(path)
+        width, height = image.width, image.height
+        short = min(width, height)
+        if epoch is None:
+            share, x, y, mirror = 1.0, 0.5, 0.5, False
+        else:
+            # as numpy draws it from a sequence: nearby keys give unrelated streams
+            random = np.random.default_rng((self.seed, epoch, index))
+            share, x, y, mirror = random.uniform(self.crop, 1), random.random(), random.random(), random.random() < 0.5
+        side = short * math.sqrt(share)
+        shrink = next((s for s in (8, 4, 2) if side / s >= size), 1)
+        if shrink > 1:
+            image = open_file(path, shrink=shrink)
+        image, _ = to_srgb(image)
+        if image.format == "ushort":
+            image = image.colourspace("srgb")
+        image = image.copy_memory()
+        if image.bands == 1 or _is_grey(image.numpy()):
+            raise ImageError(GREY)
+        side = max(1, round(min(image.width, image.height) * math.sqrt(share)))
+        left, top = round(x * (image.width - side)), round(y * (image.height - side))
+        image = image.crop(left, top, side, side).resize(size / side, vscale=size / side)
+        pixels = image.numpy()
+        if pixels.shape != (size, size, 3):  # rounding inside the resize
+            pixels = image.embed(0, 0, size, size, extend="copy").numpy()
+        return np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
+
+
+def _is_grey(pixels: np.ndarray) -> bool:
+    """Whether the channels [H, W, 3] differ by no more than rounding does."""
+    rest = pixels[..., 1:].astype(np.int16)
+    return bool((np.abs(rest - pixels[..., :1]) <= _GREY_LEVELS).all())
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) pairs of one epoch, in an order drawn from (seed, epoch), from `start` on."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch, self.start = count, seed, 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        return ((self.epoch, int(i)) for i in order[self.start :])
+
+    def __len__(self) -> int:
+        return self.count - self.start
+
+
+class InOrder(Sampler):
+    """(None, index) for every file, in order: the middle crops."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __iter__(self) -> Iterator[tuple[None, int]]:
+        return ((None, i) for i in range(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def collate(items: list[tuple[np.ndarray, list[tuple[str, str]]]]) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Crops to one batch [B, size, size, 3] uint8, and the files that failed."""
+    return torch.from_numpy(np.stack([crop for crop, _ in items])), [f for _, failed in items for f in failed]
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    os.environ["VIPS_CONCURRENCY"] = "1"  # one decoding thread a worker
+    libvips().cache_set_max(0)
+
+
+def make_loader(crops: PhotoCrops, sampler: Sampler, batch_size: int, workers: int, pin: bool) -> DataLoader:
+    """Batches of `collate`. Workers are started fresh, not forked: libvips keeps threads that a fork would lose."""
+    return DataLoader(
+        crops,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers > 0 else None,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="spawn" if workers > 0 else None,
+    )

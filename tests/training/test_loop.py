@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastcolor.model.checkpoint import load_checkpoint
+from fastcolor.training.config import TrainConfig
+from fastcolor.training.data import DataError, find_images
+from fastcolor.training.loop import Run, Silent, TrainingError, train
+
+TINY = TrainConfig(size=64, epochs=3, batch_size=4, lr=2e-3, workers=0, device="cpu", val_share=0.25)
+
+
+class Recorder(Silent):
+    """Keeps what a run says, and interrupts it after a number of training steps."""
+
+    def __init__(self, stop_after=None, number=signal.SIGINT):
+        self.lines, self.losses, self.stop_after, self.number = [], [], stop_after, number
+
+    def advance(self, count=1, **values):
+        if "loss" in values:
+            self.losses.append(values["loss"])
+            if len(self.losses) == self.stop_after:
+                os.kill(os.getpid(), self.number)
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums of threads may differ in the last bit; one thread's do not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bins": "separable"}, {"head": "regression"}, {"precision": "bf16"}, {"rebalance": 0.5}],
+    ids=str,
+)
+def test_learns_and_leaves_its_files(photos, tmp_path, options):
+    config = replace(TINY, out=str(tmp_path / "run"), **options)
+    result = train(photos, config)
+    assert result.finished and len(result.history) == 3
+    assert result.history[-1]["loss"] < 0.95 * result.history[0]["loss"]
+    entry = result.history[-1]
+    assert all(math.isfinite(v) for v in entry.values()) and entry["val_psnr_grey"] < 40
+    names = {p.name for p in result.out.iterdir()}
+    assert {"config.json", "history.jsonl", "model.safetensors", "samples", "state.pt"} <= names
+    assert any(n.startswith("events.out.tfevents") for n in names)
+    assert len(list((result.out / "samples").glob("*.png"))) == 3
+    lines = [json.loads(line) for line in (result.out / "history.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    checkpoint = load_checkpoint(result.out / "model.safetensors")
+    assert checkpoint.network.config.head == config.head
+    if config.head == "distribution":
+        axes = len(checkpoint.network.config.bins.groups())
+        assert checkpoint.prior.sum().item() == pytest.approx(axes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_after", [1, 5, 6])  # in the first epoch, in the second, at an epoch's very end
+def test_resumes_exactly(photos, tmp_path, stop_after, number):
+    """An interrupted and resumed run ends with the losses and the weights of an uninterrupted one, bit for bit."""
+    whole = train(photos, replace(TINY, epochs=2, out=str(tmp_path / "whole")))
+    config = replace(TINY, epochs=2, out=str(tmp_path / "parts"))
+    recorder = Recorder(stop_after, number)
+    first = train(photos, config, recorder)
+    assert len(recorder.losses) == stop_after and not first.finished
+    assert "--resume goes on from here" in recorder.lines[-1]
+    second = train(photos, replace(config, resume=True))
+    assert second.finished
+    for ours, theirs in zip(second.history, whole.history, strict=True):
+        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["network"] for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_signals_are_given_back(photos, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run")), Recorder(1))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_left_out_files_are_counted_and_named(photos, tmp_path):
+    (photos / "broken.jpg").write_text("no image")
+    jpeg = next(f for f in find_images(photos) if f.suffix == ".jpg" and f.name != "broken.jpg")
+    jpeg.write_bytes(jpeg.read_bytes()[:600])
+    recorder = Recorder()
+    result = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run")), recorder)
+    assert result.finished and set(result.problems.reasons) == {str(photos / "broken.jpg"), str(jpeg)}
+    text = "\n".join(recorder.lines)
+    assert "left out: 2 unreadable" in text and "broken.jpg" in text and jpeg.name in text
+
+
+def test_existing_runs_are_safe(photos, tmp_path):
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        train(photos, replace(config, resume=True))
+    train(photos, config)
+    with pytest.raises(TrainingError, match="holds a run already; --resume goes on"):
+        train(photos, config)
+    with pytest.raises(TrainingError, match="head was 'distribution', is 'regression'"):
+        train(photos, replace(config, resume=True, head="regression"))
+    find_images(photos)[0].unlink()
+    with pytest.raises(TrainingError, match="not those of the run"):
+        train(photos, replace(config, resume=True))
+    (tmp_path / "run" / "state.pt").write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match=r"state.pt: not a readable state"):
+        train(photos, replace(config, resume=True))
+
+
+def test_nan_stops_with_advice(photos, tmp_path):
+    run_config = replace(TINY, epochs=1, out=str(tmp_path / "run"), lr=1e30, schedule="constant", warmup=0)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at epoch 1, step \d+; try a lower --lr"):
+        train(photos, run_config)
+
+
+def test_bad_folders_and_options(tmp_path, photos):
+    out = str(tmp_path / "run")
+    with pytest.raises(DataError, match="no such folder"):
+        train(tmp_path / "none", replace(TINY, out=out))
+    with pytest.raises(RuntimeError, match="device 'cuda:77' cannot be used"):
+        train(photos, replace(TINY, out=out, device="cuda:77"))
+    for change, message in (
+        ({"head": "gan"}, "head must be one of distribution, regression; got 'gan'"),
+        ({"size": 8}, "size must be at least 64, got 8"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"rebalance": 2.0}, "rebalance must be between 0 and 1, got 2.0"),
+        ({"crop": 0.0}, "crop must be above 0"),
+        ({"val_share": 1.0}, "val_share must be between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(photos, replace(TINY, out=out, **change))
+    for path in find_images(photos):
+        path.write_text("no image")
+    with pytest.raises(TrainingError, match="no usable colour image for training; the first left out: .*"):
+        train(photos, replace(TINY, out=out))
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rate(photos, tmp_path):
+    run = Run(photos, replace(TINY, epochs=20, warmup=5, lr=1.0, out=str(tmp_path / "run")), Silent())
+    assert run.steps_per_epoch == 3
+    rates = [run.learning_rate(step) for step in range(60)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.01
