@@ -1,0 +1,45 @@
+"""The command line: `fastcolor`, or `python -m fastcolor`. One file per command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastcolor._version import __version__
+from fastcolor.cli.colorize import colorize
+from fastcolor.cli.info import info
+from fastcolor.cli.train import train
+
+app = typer.Typer(
+    name="fastcolor",
+    help="Colorize photographs, and train the model that does it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastcolor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(colorize)
+app.command()(train)
+app.command()(info)
+
+
+def main() -> None:
+    app(prog_name="fastcolor")

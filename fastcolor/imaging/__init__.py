@@ -1,0 +1,1 @@
+"""Image files, with all that they carry."""
