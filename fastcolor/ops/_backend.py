@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from fastcolor.kernels.triton import interpreting
+
 log = logging.getLogger("fastcolor")
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # fastest first, where several run on a device
@@ -79,11 +81,6 @@ def native(module: str):
         return importlib.import_module(f"fastcolor.{module}")
     except ImportError as error:
         return str(error)
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing(name: str) -> str | None:

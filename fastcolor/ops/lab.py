@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastcolor.kernels.memory import channels, float32
 from fastcolor.ops import _backend
-from fastcolor.ops._memory import channels, float32
 from fastcolor.reference import lab as reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -23,7 +23,8 @@ def upsample_chroma(
     low-resolution colours, weighted by a spatial tent of half-width 1.5 and a Gaussian of the lightness difference.
 
     `scale` is low-resolution pixels per full-resolution pixel, (vertical, horizontal), with pixel centres at + ½: the
-    low-resolution grid may end before or behind the image. `first_row` is the place of L's first row in the whole image.
+    low-resolution grid may end before or behind the image. `first_row` is the place of L's first row in the
+    whole image.
     """
     dtype = working_dtype(ab)
     ab, guide, L = ab.to(dtype), guide.to(dtype), L.to(dtype)

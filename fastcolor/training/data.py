@@ -53,25 +53,26 @@ def find_images(folder: Path) -> list[Path]:
     return found
 
 
-def split_folder(data: str | Path, val_share: float, seed: int) -> tuple[list[Path], list[Path]]:
-    """Training and validation files: the folders train/ and val/ where both are there, else a seeded split of all.
+def find_photos(data: str | Path) -> tuple[list[Path], list[Path]]:
+    """Training and validation files of a folder; without folders train/ and val/ inside, all are in the first list.
 
     Raises:
-        DataError: no such folder, or fewer than one image for either side.
+        DataError: no such folder, or no images in it.
     """
     data = Path(data)
     if not data.is_dir():
         raise DataError(f"{data}: {'is a file' if data.exists() else 'no such folder'}, expected a folder of images")
-    if (data / "train").is_dir() and (data / "val").is_dir():
-        train, val = find_images(data / "train"), find_images(data / "val")
-        for files, name in ((train, "train"), (val, "val")):
-            if not files:
-                raise DataError(f"{data / name}: no images in it ({', '.join(sorted(SUFFIXES))})")
-        return train, val
-    files = find_images(data)
-    if len(files) < 2:
-        found = "no images" if not files else "one image only, and training needs two: one to learn from, one to check"
-        raise DataError(f"{data}: {found} ({', '.join(sorted(SUFFIXES))})")
+    apart = (data / "train").is_dir() and (data / "val").is_dir()
+    folders = [data / "train", data / "val"] if apart else [data]
+    found = [find_images(folder) for folder in folders]
+    for folder, files in zip(folders, found, strict=True):
+        if not files:
+            raise DataError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES))})")
+    return found[0], found[1] if apart else []
+
+
+def split(files: Sequence[Path], val_share: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """A seeded split of at least two files into training and validation, one of each at least."""
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(max(1, round(len(files) * val_share)), len(files) - 1)
     return [files[i] for i in sorted(order[held_out:])], [files[i] for i in sorted(order[:held_out])]

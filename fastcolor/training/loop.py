@@ -34,9 +34,10 @@ from fastcolor.training.data import (
     PhotoCrops,
     Problems,
     check_headers,
+    find_photos,
     fingerprint,
     make_loader,
-    split_folder,
+    split,
 )
 
 STATE, MODEL, HISTORY = "state.pt", "model.safetensors", "history.jsonl"
@@ -114,16 +115,17 @@ class Run:
         if config.resume and not (self.out / STATE).exists():
             raise TrainingError(f"{self.out}: nothing to resume, {STATE} is missing")
 
-        train_files, val_files = split_folder(data, config.val_share, config.seed)
+        train_files, val_files = find_photos(data)
         reporter.stage("reading headers", len(train_files) + len(val_files))
         train_files = check_headers(train_files, self.problems, reporter.advance)
-        val_files = check_headers(val_files, self.problems, reporter.advance)
+        if val_files:
+            val_files = check_headers(val_files, self.problems, reporter.advance)
+        elif len(train_files) > 1:
+            train_files, val_files = split(train_files, config.val_share, config.seed)
         if not train_files or not val_files:
-            side = "training" if not train_files else "validation"
-            first = next(iter(self.problems.reasons.items()), ("", ""))
-            raise TrainingError(
-                f"{data}: no usable colour image for {side}; the first left out: {first[0]} ({first[1]})"
-            )
+            usable = f"{len(train_files)} to train on and {len(val_files)} to check with"
+            first = "".join(f"; left out: {why}" for why in list(self.problems.reasons.values())[:1])
+            raise TrainingError(f"{data}: too few usable colour images, {usable}; one of each is needed{first}")
         self.data_id = fingerprint(train_files + val_files)
 
         workers = config.workers
@@ -170,6 +172,12 @@ class Run:
         if self.config.schedule == "constant":
             return self.config.lr
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    @property
+    def network_size(self) -> int:
+        """The short side at which whole pictures look as the crops did, which keep between √crop and 1 of it."""
+        share = (1 + self.config.crop) / 2
+        return 8 * round(self.config.size / math.sqrt(share) / 8)
 
     # --- one step, one epoch -------------------------------------------------------------------------------------
 
@@ -297,7 +305,7 @@ class Run:
     def save_model(self) -> None:
         notes = {
             "epochs": self.progress.epoch,
-            "size": self.config.size,
+            "size": self.network_size,
             "options": {k: v for k, v in asdict(self.config).items() if k not in ("out", "device", "resume")},
             "validation": self.progress.history[-1] if self.progress.history else {},
         }

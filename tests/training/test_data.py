@@ -14,42 +14,44 @@ from fastcolor.training.data import (
     Problems,
     check_headers,
     find_images,
+    find_photos,
     make_loader,
-    split_folder,
+    split,
 )
 
 
 def test_split_is_seeded_and_disjoint(photos):
-    train, val = split_folder(photos, 0.25, seed=1)
-    assert len(train) == 9 and len(val) == 3 and not set(train) & set(val)
-    assert split_folder(photos, 0.25, seed=1) == (train, val)
-    assert split_folder(photos, 0.25, seed=2) != (train, val)
-    assert sorted(train + val) == find_images(photos)
+    files, none = find_photos(photos)
+    assert files == find_images(photos) and len(files) == 12 and none == []
+    train, val = split(files, 0.25, seed=1)
+    assert len(train) == 9 and sorted(train + val) == files
+    assert split(files, 0.25, seed=1) == (train, val) and split(files, 0.25, seed=2) != (train, val)
+    assert (
+        [len(part) for part in split(files[:2], 0.01, 0)] == [len(part) for part in split(files[:2], 0.99, 0)] == [1, 1]
+    )
 
 
-def test_given_train_and_val(photos, tmp_path):
+def test_given_train_and_val(photos):
     (photos / "train").mkdir()
     (photos / "val").mkdir()
     for i, path in enumerate(find_images(photos)):
         path.rename(photos / ("val" if i < 2 else "train") / path.name)
-    train, val = split_folder(photos, 0.1, 0)
+    train, val = find_photos(photos)
     assert (len(train), len(val)) == (10, 2)
     for path in val:
         path.unlink()
     with pytest.raises(DataError, match="val: no images in it"):
-        split_folder(photos, 0.1, 0)
+        find_photos(photos)
 
 
 def test_folder_errors(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        split_folder(tmp_path / "none", 0.1, 0)
+        find_photos(tmp_path / "none")
     with pytest.raises(DataError, match="no images"):
-        split_folder(tmp_path, 0.1, 0)
+        find_photos(tmp_path)
     (tmp_path / "a.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match="one image only"):
-        split_folder(tmp_path, 0.1, 0)
     with pytest.raises(DataError, match="is a file"):
-        split_folder(tmp_path / "a.jpg", 0.1, 0)
+        find_photos(tmp_path / "a.jpg")
 
 
 def test_bad_headers_are_named(photos):

@@ -141,10 +141,14 @@ def test_bad_folders_and_options(tmp_path, photos):
     ):
         with pytest.raises(ValueError, match=message):
             train(photos, replace(TINY, out=out, **change))
-    for path in find_images(photos):
-        path.write_text("no image")
-    with pytest.raises(TrainingError, match="no usable colour image for training; the first left out: .*"):
-        train(photos, replace(TINY, out=out))
+    for usable in (1, 0):
+        for path in find_images(photos)[usable:]:
+            path.write_text("no image")
+        message = (
+            f"too few usable colour images, {usable} to train on and 0 to check with; .*left out: .*not a readable"
+        )
+        with pytest.raises(TrainingError, match=message):
+            train(photos, replace(TINY, out=out))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# On a machine with a GPU and no network: builds the CUDA part, runs the GPU tests and the GPU benchmarks, writes JSON
+# files and prints their tables last. Every step goes on if another fails; the exit code tells.
+#
+#   benchmarks/gpu.sh [--dry-run] [--no-build] [FOLDER]
+#
+#   FOLDER      where the JSON files go; benchmarks/results/<version> if left out
+#   --dry-run   the same on the CPU, with tiny sizes and without CUDA
+#   --no-build  takes the fastcolor that is installed
+#
+# PYTHON names the interpreter (python3). It needs torch, triton, numpy, pytest, pybind11, scikit-build-core, cmake and
+# ninja; peers that are missing are named in the results.
+set -u
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+device=cuda cuda=ON build=yes folder=
+benchmark_options=()
+for argument in "$@"; do
+  case $argument in
+    --dry-run) device=cpu cuda=OFF benchmark_options=(--quick --size 96x64) ;;
+    --no-build) build=no ;;
+    -*) sed -n '2,/^$/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) folder=$argument ;;
+  esac
+done
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")
+folder=${folder:-$root/benchmarks/results/$version}
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || exit 2
+commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+failed=0 summary=()
+
+step() {  # NAME COMMAND...: runs it, remembers how it went
+  local name=$1 begin=$SECONDS
+  shift
+  echo "== $name"
+  if "$@"; then
+    summary+=("passed  $name, $((SECONDS - begin)) s")
+  else
+    failed=1
+    summary+=("FAILED  $name, $((SECONDS - begin)) s")
+    return 1
+  fi
+}
+
+install() {  # OPTIONS...: into the scratch folder, fetching nothing
+  "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$scratch/site" "$@" \
+    --config-settings=build-dir="$scratch/build" "$root"
+}
+
+with_kernels() {  # strict: a kernel that does not compile is a failure here
+  FASTCOLOR_STRICT=1 install --config-settings=cmake.define.FASTCOLOR_CUDA=$cuda
+}
+
+gpu_tests() {
+  # only files that have GPU tests: others may import packages that are not there
+  local files
+  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+  "$python" -m pytest "${files[@]}" -m gpu -q -p no:cacheprovider --junit-xml="$scratch/tests.xml"
+  local code=$?
+  [ -f "$scratch/tests.xml" ] || return $code
+  "$python" - "$scratch/tests.xml" "$folder" "$device" "$commit" <<'PYTHON' && return $code
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from benchmarks import timing
+
+report, folder, device, commit = sys.argv[1:]
+suite = next(ElementTree.parse(report).iter("testsuite"))
+counts = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
+bad = [f"{c.get('classname')}::{c.get('name')}" for c in suite.iter("testcase") if c.find("failure") is not None]
+result = {**counts, "seconds": float(suite.get("time")), "failed": bad}
+timing.write(Path(folder), "tests", device, {**timing.machine(device, commit), "pytest": result}, [])
+PYTHON
+}
+
+# Away from the repository, whose folder fastcolor/ would hide the installed package.
+mkdir "$scratch/run"
+cp -r "$root/tests" "$root/benchmarks" "$root/pyproject.toml" "$scratch/run/"
+cd "$scratch/run" || exit 2
+
+if [ $build = yes ]; then
+  export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+  step "build, FASTCOLOR_CUDA=$cuda" with_kernels ||
+    step "install without C++ and CUDA kernels" install --config-settings=wheel.cmake=false
+fi
+step "pytest -m gpu" gpu_tests
+for file in benchmarks/ops/[a-z]*.py; do
+  name=$(basename "$file" .py)
+  step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \
+    "${benchmark_options[@]}" > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"
+done
+
+"$python" -m benchmarks.timing "$folder"
+printf '%s\n' "${summary[@]}" "JSON files: $folder"
+exit $failed

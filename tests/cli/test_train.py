@@ -1,0 +1,109 @@
+"""From a folder of photos to a coloured picture, through the command line alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import pyvips
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def fastcolor(*arguments, **options):
+    command = [sys.executable, "-m", "fastcolor", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Eight small landscapes: blue above, green below, in bright and dark."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    folder.mkdir()
+    for i in range(8):
+        random = np.random.default_rng(i)
+        sky = np.arange(72)[:, None] < random.integers(25, 45) + np.zeros((1, 96), int)
+        pixels = np.where(sky[..., None], (120, 160, 235), (60, 120, 30)) + random.normal(0, 5, (72, 96, 1))
+        pyvips.Image.new_from_array(pixels.clip(0, 255).astype(np.uint8)).write_to_file(str(folder / f"{i}.png"))
+    (folder / "broken.jpg").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    done = fastcolor(
+        "train", photos, "--out", out, "--size", 64, "--epochs", 6, "--batch-size", 4, "--lr", 0.003,
+        "--device", "cpu", "--workers", 1,
+    )  # fmt: skip
+    return out, done
+
+
+def test_loss_falls_and_files_are_named(trained):
+    out, done = trained
+    assert done.returncode == 0, done.stderr
+    losses = [float(v) for v in re.findall(r"epoch \d+: loss ([\d.]+)", done.stdout)]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    assert "left out: 1 unreadable" in done.stdout and "broken.jpg" in done.stdout
+    assert "images/s" in done.stdout and "model.safetensors is ready" in done.stdout
+
+
+def test_the_checkpoint_colours_a_picture(trained, tmp_path):
+    out, _ = trained
+    grey = np.where(np.arange(72)[:, None] < 30, 160, 100) + np.zeros((1, 96), int)
+    pyvips.Image.new_from_array(grey.astype(np.uint8)).write_to_file(str(tmp_path / "grey.png"))
+    done = fastcolor("colorize", tmp_path / "grey.png", "--weights", out / "model.safetensors", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    color = pyvips.Image.new_from_file(str(tmp_path / "grey-color.png")).numpy()
+    assert color.shape == (72, 96, 3) and np.ptp(color.astype(int), axis=2).max() > 3
+
+
+def test_a_second_run_needs_resume(trained, photos):
+    out, _ = trained
+    done = fastcolor("train", photos, "--out", out, "--device", "cpu")
+    assert done.returncode == 1 and "error: " in done.stderr and "--resume goes on with it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_saves_and_resume_finishes(photos, tmp_path):
+    options = ["--out", tmp_path / "run", "--size", 64, "--batch-size", 1, "--device", "cpu", "--workers", 0]
+    command = [sys.executable, "-m", "fastcolor", "train", photos, *options, "--epochs", 40]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "history.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "--resume goes on from here" in output and "Traceback" not in output
+    before = (tmp_path / "run" / "history.jsonl").read_text()
+    epochs = len(before.splitlines()) + 1
+    # fewer epochs than asked first: the run is over once the one under way is
+    done = fastcolor("train", photos, *options, "--epochs", epochs, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "history.jsonl").read_text().startswith(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere"], "no such folder"),
+        (["train", "."], "no images"),
+        (["train", ".", "--head", "gan"], "head must be one of distribution, regression"),
+        (["train", ".", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    done = fastcolor(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())

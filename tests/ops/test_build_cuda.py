@@ -1,0 +1,28 @@
+"""The CUDA sources compile for sm_80 and sm_90a wherever nvcc is, and keep their values in registers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
+@pytest.mark.parametrize("source", sorted(KERNELS.glob("cuda/*.cu")), ids=lambda path: path.name)
+def test_compiles_without_spills(source, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", "-ftz=true", f"-I{KERNELS}", "-Xptxas", "-v", "-c", source]
+    for arch in ("80", "90a"):
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    built = subprocess.run([*command, "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    if "Unsupported gpu architecture" in built.stderr:
+        pytest.skip(f"this nvcc is too old for sm_90a: {built.stderr.strip()}")
+    assert built.returncode == 0, built.stderr
+    assert "warning" not in built.stderr, built.stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
+    assert kernels and all(set(k) == {"0"} for k in kernels), built.stderr

@@ -1,0 +1,52 @@
+"""benchmarks/gpu.sh without a GPU: its dry run goes through every step but the build."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the benchmarks are not beside the tests")
+
+
+def dry_run(folder: Path, python: str = sys.executable) -> subprocess.CompletedProcess:
+    command = ["bash", SCRIPT, "--dry-run", "--no-build", folder]
+    return subprocess.run(command, env={**os.environ, "PYTHON": python}, capture_output=True, text=True, timeout=300)
+
+
+def test_dry_run(tmp_path):
+    ran = dry_run(tmp_path / "results")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "passed  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
+    files = {path.name.partition("--")[0]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    assert set(files) == {"lab", "tests"}
+    assert files["tests"]["pytest"]["failures"] == 0
+    rows = files["lab"]["rows"]
+    assert {r["op"] for r in rows} == {"rgb_to_lab", "lab_to_rgb"}
+    copies = [r for r in rows if r["candidate"] == "plain copy"]
+    assert copies and all(r["median_us"] > 0 and r["GB_per_s"] > 0 for r in copies)
+    # the figures that nobody measured say so, and why
+    left_out = [r for r in rows if r["median_us"] == "not measured"]
+    assert left_out and all(r["why"] for r in left_out)
+    assert os.uname().nodename not in json.dumps(files) or len(os.uname().nodename) < 4
+
+
+def test_goes_on_after_a_failure(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in "-m pytest "*) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    ran = dry_run(tmp_path / "results", str(python))
+    assert ran.returncode == 1
+    assert "FAILED  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
+    assert len(list((tmp_path / "results").glob("lab--*--cpu.json"))) == 1
+
+
+def test_unknown_option_shows_the_usage(tmp_path):
+    ran = subprocess.run(["bash", SCRIPT, "--dry"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "--dry-run" in ran.stderr and "set -u" not in ran.stderr
