@@ -122,7 +122,7 @@ class Colorizer:
         if isinstance(image, (str, Path)):
             from fastcolor.imaging.files import read_picture
 
-            return self.colorize_batch(read_picture(image).pages[:1])[0]
+            return self.colorize_batch(read_picture(image, max_pages=1).pages)[0]
         if isinstance(image, np.ndarray):
             return self.colorize_batch([image])[0]
         if not isinstance(image, Tensor):
