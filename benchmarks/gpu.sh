@@ -8,8 +8,8 @@
 #   --dry-run   the same on the CPU, with tiny sizes and without CUDA
 #   --no-build  takes the fastcolor that is installed
 #
-# PYTHON names the interpreter (python3). It needs torch, triton, numpy, pytest, pybind11, scikit-build-core, cmake and
-# ninja; peers that are missing are named in the results.
+# PYTHON names the interpreter (python3). It needs torch, triton, numpy, safetensors, pytest, pybind11, scikit-build-core,
+# cmake and ninja; peers that are missing are named in the results.
 set -u
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -57,9 +57,8 @@ with_kernels() {  # strict: a kernel that does not compile is a failure here
 
 gpu_tests() {
   # only files that have GPU tests: others may import packages that are not there
-  local files
-  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
-  "$python" -m pytest "${files[@]}" -m gpu -q -p no:cacheprovider --junit-xml="$scratch/tests.xml"
+  # shellcheck disable=SC2046  # names without spaces; bash 3 has no mapfile
+  "$python" -m pytest $(grep -rl --include='test_*.py' 'mark\.gpu' tests) -m gpu -q -p no:cacheprovider --junit-xml="$scratch/tests.xml"
   local code=$?
   [ -f "$scratch/tests.xml" ] || return $code
   "$python" - "$scratch/tests.xml" "$folder" "$device" "$commit" <<'PYTHON' && return $code
@@ -88,11 +87,29 @@ if [ $build = yes ]; then
   step "build, FASTCOLOR_CUDA=$cuda" with_kernels ||
     step "install without C++ and CUDA kernels" install --config-settings=wheel.cmake=false
 fi
+# Skipped tests pass: that the backends are there, and that it is this build that is imported, has to be asked for.
+backends() {
+  "$python" - "$device" "${scratch:-}/site" "$build" <<'PYTHON'
+import sys
+
+import fastcolor
+from fastcolor.ops import _backend
+
+device, site, build = sys.argv[1:]
+if build == "yes" and not fastcolor.__file__.startswith(site):
+    sys.exit(f"fastcolor is imported from {fastcolor.__file__}, not from this build: use a python without an installed one")
+absent = {name: _backend.missing(name) for name in ("cuda", "triton")} if device == "cuda" else {}
+for name, why in absent.items():
+    print(f"{name}: {why or 'there'}")
+sys.exit(any(absent.values()))
+PYTHON
+}
+step "backends are there" backends
 step "pytest -m gpu" gpu_tests
 for file in benchmarks/ops/[a-z]*.py; do
   name=$(basename "$file" .py)
   step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \
-    "${benchmark_options[@]}" > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"
+    ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"
 done
 
 "$python" -m benchmarks.timing "$folder"

@@ -20,8 +20,8 @@ from torch import Tensor
 import fastcolor
 from fastcolor.evaluation.metrics import colorfulness, psnr
 from fastcolor.imaging.files import read_picture
+from fastcolor.imaging.find import find_images
 from fastcolor.model.colorizer import BUNDLED, Colorizer
-from fastcolor.training.data import find_images
 
 
 def planar(pixels: np.ndarray) -> Tensor:

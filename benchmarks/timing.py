@@ -103,11 +103,13 @@ def _cuda_sampler(calls: int):
         torch.cuda.current_stream().wait_stream(side)
         direct()
         called = statistics.median(_events(direct) for _ in range(5)) / calls
+        before = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 kept = [candidate.run(i) for i in range(calls)]  # kept: outputs rotate too
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream behind
             candidate.note = f"{candidate.note} timed call by call, no graph: {str(error).splitlines()[0]}".strip()
             return lambda: _events(direct) / calls, called
         graph.replay()
@@ -127,13 +129,16 @@ def _events(function: Callable[[], None]) -> float:
 
 def plain_copy(moved: int, device: str) -> Candidate:
     """As many bytes read and written together as the operation moves, into memory that is already there."""
-    source = torch.randint(0, 256, (moved // 2,), dtype=torch.uint8, device=device)
+    # drawn on the CPU: a capture that failed leaves the device's generator unusable
+    source = torch.randint(0, 256, (moved // 2,), dtype=torch.uint8).to(device)
     targets = [torch.empty_like(source) for _ in range(rotation(moved, device))]
     return Candidate(COPY, lambda i: targets[i % len(targets)].copy_(source))
 
 
 def rotation(moved: int, device: str) -> int:
-    """How many buffers to rotate among, so that a GPU's L2 cache holds none of them until its turn comes."""
+    """How many buffers to rotate among: enough that a GPU's L2 cache holds none until its turn comes, 64 at most. Data of
+    less than a sixteenth of the cache stays in it, and its figures are those of the cache.
+    """
     if device != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(0).L2_cache_size

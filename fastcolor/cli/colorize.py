@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,24 +32,12 @@ if TYPE_CHECKING:
 IN_FLIGHT = 1 << 30  # bytes of pixels, sources and results, that are held at a time; one larger file goes alone
 _PICTURES = 256  # and files held at a time
 _BATCH_PIXELS = 1 << 26  # of one batch: its lightness and its results stand in the device's memory together
+# and of what the network sees: logits and field take about 2 kB a pixel, so a batch stays within some 2 GB
+_BATCH_NETWORK_PIXELS = 1 << 20
 _LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
-_VIDEO = {
-    ".mp4",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".avi",
-    ".webm",
-    ".mpg",
-    ".mpeg",
-    ".mts",
-    ".m2ts",
-    ".wmv",
-    ".flv",
-    ".mxf",
-    ".ts",
-}
+_VIDEO = {".mp4", ".m4v", ".mkv", ".mov", ".avi", ".webm", ".mpg", ".mpeg"}
+_VIDEO |= {".mts", ".m2ts", ".wmv", ".flv", ".mxf", ".ts"}
 _OTHER_IMAGES = {".gif", ".bmp", ".jp2", ".heic", ".heif", ".avif", ".jxl", ".psd", ".pdf", ".dng", ".exr", ".svg"}
 _FORMATS = ", ".join(sorted(SUFFIXES))
 
@@ -137,7 +126,7 @@ def _target(source: Path, out: Path | None) -> Path:
 
 
 def _folder(folder: Path, out: Path | None) -> Iterable[tuple[Path, Path]]:
-    from fastcolor.training.data import find_images
+    from fastcolor.imaging.find import find_images
 
     named = Path(os.path.normpath(folder.absolute()))  # "." and ".." have no name of their own
     target = out if out is not None else named.with_name(f"{named.name}-color")
@@ -350,7 +339,8 @@ class Pipeline:
             group = self._groups.setdefault(size, [])
             group.append((job, number))
             pixels = sum(j.picture.pages[i].shape[0] * j.picture.pages[i].shape[1] for j, i in group)
-            if len(group) >= self.batch_size or pixels >= _BATCH_PIXELS:
+            seen = (len(group) + 1) * size[0] * size[1]  # with one picture more
+            if len(group) >= self.batch_size or pixels >= _BATCH_PIXELS or seen > _BATCH_NETWORK_PIXELS:
                 self._flush(size)
 
     def _flush(self, size: tuple[int, int]) -> None:
@@ -532,6 +522,9 @@ def colorize(
     if out is not None and not out.is_dir():
         if out.exists() and not (len(inputs) == 1 and out.suffix.lower() in SUFFIXES and Path(inputs[0]).is_file()):
             _refuse(f"--out {out}: is a file, expected a folder for the results")
+        single = len(inputs) == 1 and (Path(inputs[0]).is_file() or not Path(inputs[0]).exists())
+        if out.suffix.lower() in SUFFIXES and (not single or glob.has_magic(inputs[0])) and not out.exists():
+            _refuse(f"--out {out}: names one image, but there may be several results; give a folder")
         if out.suffix.lower() in _OTHER_IMAGES | _VIDEO:
             _refuse(f"--out {out}: {out.suffix} cannot be written ({_FORMATS} can)")
     reporter = Reporter(quiet)
@@ -579,13 +572,16 @@ def _load(weights: Path | None, device: str, options: dict[str, Any]) -> Coloriz
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.colorizer import Colorizer
     from fastcolor.model.device import DeviceError
+    from fastcolor.ops._backend import BackendError, choose
 
     try:
         libvips()
-        if weights is not None:
-            return Colorizer.load(weights, device, **options)
-        return Colorizer.from_pretrained(device, **options)
-    except (CheckpointError, DeviceError, ImportError) as error:
+        load = Colorizer.from_pretrained if weights is None else partial(Colorizer.load, weights)
+        colorizer = load(device, **options)
+        for op in ("rgb_to_lab", "mean_field", "render", "lab_to_rgb"):  # before any file, not once for each
+            choose(op, colorizer.device)
+        return colorizer
+    except (CheckpointError, DeviceError, BackendError, ImportError) as error:
         _refuse(str(error))
 
 

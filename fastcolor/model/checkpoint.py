@@ -42,8 +42,11 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
     if checkpoint.prior is not None:
         tensors[_PRIOR] = checkpoint.prior.detach().cpu().float().contiguous()
     header = {"format": FORMAT, "network": checkpoint.network.config.to_dict(), "notes": checkpoint.notes}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -66,7 +69,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         network = ColorNetwork(NetworkConfig.from_dict(header["network"]))
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable fastcolor checkpoint ({error})") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
@@ -79,4 +84,6 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         network.load_state_dict({n: v.float() for n, v in tensors.items()}, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: its weights do not fit its configuration ({error})") from error
-    return Checkpoint(network.to(device).eval(), prior, header["notes"])
+    if prior is not None and prior.shape != (network.config.bins.count,):
+        raise CheckpointError(f"{path}: its prior has shape {list(prior.shape)}, not [{network.config.bins.count}]")
+    return Checkpoint(network.to(device).eval(), prior, header.get("notes", {}))

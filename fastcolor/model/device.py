@@ -10,13 +10,15 @@ class DeviceError(RuntimeError):
 
 
 def choose_device(name: torch.device | str = "auto") -> torch.device:
-    """A device by name; "auto" is CUDA where there is one, else Apple's GPU, else the CPU.
+    """A device by name; "auto" is CUDA where there is one, else the CPU.
+
+    Apple's GPU is taken only where it is asked for: nothing has been tried on it.
 
     Raises:
         DeviceError: torch does not know it, or it cannot be used here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

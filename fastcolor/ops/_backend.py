@@ -21,6 +21,8 @@ _ENVIRONMENT = "FASTCOLOR_BACKEND"
 
 # Not thread-local: a plain module variable is what torch.compile can guard on, and the colorizer's threads share it.
 _forced: tuple[str, ...] = ()
+# A typing error in the environment is raised where an operation runs: it must not stop `import` or `fastcolor --help`.
+_environment_error: str | None = None
 
 
 class BackendError(RuntimeError):
@@ -105,6 +107,9 @@ def _missing(name: str) -> str | None:
         except ImportError as error:
             return f"triton is not installed ({error}); pip install 'fastcolor[triton]'"
     if name == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"the CUDA kernels are for compute capability 8.0 and above, this device has {major}.{minor}"
         module = native("_cuda")
         return (
             f"the CUDA kernels are not built ({module}); reinstall where nvcc is" if isinstance(module, str) else None
@@ -138,11 +143,15 @@ def choose(op: str, device: torch.device) -> Choice:
     Raises:
         BackendError: every backend that was asked for is absent, on another device, or lacks the operation.
     """
+    if _environment_error is not None:
+        raise BackendError(_environment_error)
     wished, offers = forced(), OFFERS[op]
     reasons = []
     for name in wished or offers:
         if name not in offers:
-            reasons.append(f"{op} has no backend {name!r}; it has {', '.join(offers)}")
+            reasons.append(
+                f"{op} has no backend {name!r}; it has {', '.join(offers)} (ask for '{name},reference' to run the rest)"
+            )
             continue
         elsewhere = runs_on(name, device)
         if not wished and (elsewhere or (name == "triton" and device.type == "cpu")):
@@ -167,4 +176,7 @@ def _say_once(op: str, device: str, why: str) -> None:
     log.warning("%s on %s runs on the reference backend: %s", op, device, why)
 
 
-_forced = _from_environment()
+try:
+    _forced = _from_environment()
+except BackendError as error:
+    _environment_error = str(error)

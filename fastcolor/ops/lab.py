@@ -179,14 +179,14 @@ def rgb_to_lab(rgb: Tensor, *, channels_last: bool = False, dtype: torch.dtype |
 
     Args:
         rgb: [..., 3, H, W], or [..., H, W, 3] with `channels_last`: uint8 (0..255), uint16 (0..65535) or floating
-            (0..1; finite values beyond are extended by the same formulas). Planar and interleaved memory are both read
-            in place.
+            (0..1; values beyond, up to ±1e3, are extended by the same formulas). Planar and interleaved memory are both
+            read in place.
         channels_last: where the channels are.
         dtype: floating type of the result; that of a floating `rgb`, else float32.
 
     Returns:
-        Lab in the shape of `rgb`: L in [0, 100], a and b about [-108, 108]. float64 input is computed in float64, on
-        the reference; all else in float32.
+        Lab in the shape of `rgb`: L in [0, 100], a and b about [-108, 108]. float64 input, or a float64 result, is
+        computed in float64, on the reference; all else in float32.
 
     Raises:
         TypeError: `rgb` is not a tensor or of another type. ValueError: its shape has no 3 channels.
@@ -194,7 +194,7 @@ def rgb_to_lab(rgb: Tensor, *, channels_last: bool = False, dtype: torch.dtype |
     """
     _check_channels("rgb", rgb, channels_last, (*_SAMPLES, *_FLOATS))
     dtype = _check_dtype(dtype or (rgb.dtype if rgb.is_floating_point() else torch.float32), _FLOATS)
-    if _on_reference(rgb):
+    if _on_reference(rgb) or dtype == torch.float64:
         return reference.rgb_to_lab(rgb, channels_last, dtype)
     if rgb.requires_grad and torch.is_grad_enabled():
         return _RgbToLab.apply(rgb, channels_last, dtype)

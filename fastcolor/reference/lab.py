@@ -48,7 +48,7 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 def rgb_to_lab(rgb: Tensor, channels_last: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """[..., 3, H, W] or [..., H, W, 3]; integers stand for [0, 1]. See `fastcolor.rgb_to_lab`."""
     dim = -1 if channels_last else -3
-    c = rgb.to(working_dtype(rgb))
+    c = rgb.to(torch.float64 if dtype == torch.float64 else working_dtype(rgb))
     if rgb.dtype in LEVELS:
         c = c / LEVELS[rgb.dtype]
     r, g, b = srgb_to_linear(c).unbind(dim)

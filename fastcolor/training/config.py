@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+
+class ConfigError(ValueError):
+    """An option out of range. The message names it."""
+
+
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "constant")
 
@@ -37,23 +42,23 @@ class TrainConfig:
     resume: bool = _option(False, "continue the run in --out where it stopped")
 
     def check(self) -> None:
-        """Raises ValueError for the first field that is out of range."""
+        """Raises ConfigError for the first field that is out of range."""
         for name, choices in (("head", ("distribution", "regression")), ("bins", ("joint", "separable")),
                               ("precision", PRECISIONS), ("schedule", SCHEDULES)):  # fmt: skip
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         # below 64 the last features of a single image are one value, which batch normalization cannot take
         for name, low in (("size", 64), ("epochs", 1), ("batch_size", 1), ("warmup", 0), ("workers", -1)):
             if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            raise ConfigError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.rebalance <= 1:
-            raise ValueError(f"rebalance must be between 0 and 1, got {self.rebalance}")
+            raise ConfigError(f"rebalance must be between 0 and 1, got {self.rebalance}")
         if not 0 < self.crop <= 1:
-            raise ValueError(f"crop must be above 0 and at most 1, got {self.crop}")
+            raise ConfigError(f"crop must be above 0 and at most 1, got {self.crop}")
         if not 0 < self.val_share < 1:
-            raise ValueError(f"val_share must be between 0 and 1, got {self.val_share}")
+            raise ConfigError(f"val_share must be between 0 and 1, got {self.val_share}")
 
     def differences(self, other: dict) -> list[str]:
         """Fields that decide the course of a run and differ from those in `other`."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastcolor.imaging.find import find_images
 from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, open_file, reason, to_srgb
 
 GREY = "greyscale: no colour to learn from"
@@ -42,15 +43,6 @@ class Problems:
 
     def counts(self) -> Counter:
         return Counter("greyscale" if why == GREY else "unreadable" for why in self.reasons.values())
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Image files below a folder, by their suffix, sorted; hidden files and folders are passed over."""
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(place, n) for n in sorted(names) if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
-    return found
 
 
 def find_photos(data: str | Path) -> tuple[list[Path], list[Path]]:
@@ -205,7 +197,8 @@ def collate(items: list[tuple[np.ndarray, list[tuple[str, str]]]]) -> tuple[Tens
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the main process handles them, and ends its workers
     os.environ["VIPS_CONCURRENCY"] = "1"  # one decoding thread a worker
     libvips().cache_set_max(0)
 

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from fastcolor._files import atomic_path
 from fastcolor.bins import ColorBins
 from fastcolor.evaluation.metrics import colorfulness, psnr
+from fastcolor.imaging.vips import libvips, reason
 from fastcolor.model.checkpoint import Checkpoint, save_checkpoint
 from fastcolor.model.device import choose_device
 from fastcolor.model.network import AB_SCALE, ColorNetwork, NetworkConfig, pool_to
@@ -29,6 +32,7 @@ from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
 from fastcolor.ops.mean_field import annealed_mean
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import (
+    DataError,
     EpochSampler,
     InOrder,
     PhotoCrops,
@@ -155,7 +159,7 @@ class Run:
             if self.prior is None:
                 self.prior = self._measure_prior()
             if config.rebalance > 0:
-                self.weights = bins.rebalancing_weights(self.prior, 1 - config.rebalance).to(self.device)
+                self.weights = bins.rebalancing_weights(self.prior, 1 - config.rebalance).float().to(self.device)
 
     # --- learning rate -------------------------------------------------------------------------------------------
 
@@ -198,8 +202,7 @@ class Run:
         self.network.train()
         self.reporter.stage(f"epoch {progress.epoch + 1}/{config.epochs}", self.sampler.count)
         self.reporter.advance(min(self.sampler.start, self.sampler.count))
-        for rgb, failed in self.loader:
-            self._note(failed)
+        for rgb in self._batches(self.loader, stop):
             rate = self.learning_rate(progress.epoch * self.steps_per_epoch + progress.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -219,16 +222,30 @@ class Run:
             self.reporter.advance(len(rgb), loss=progress.loss_sum / progress.images)
             if stop.asked:
                 return False
-        return True
+        return not stop.asked
+
+    def _batches(self, loader: DataLoader, stop: Stop) -> Iterator[Tensor]:
+        """The batches of a loader; ends early after a signal, which may have ended the workers already."""
+        try:
+            for rgb, failed in loader:
+                self._note(failed)
+                yield rgb
+        except DataError as error:  # with the worker's whole traceback in its message
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        except RuntimeError:
+            if not stop.asked:
+                raise
 
     @torch.no_grad()
-    def validate(self) -> tuple[dict[str, float], Tensor]:
-        """Means over the validation images, and the grid of samples [3, H, W] uint8: grey, prediction, truth."""
+    def validate(self, stop: Stop) -> tuple[dict[str, float], Tensor] | None:
+        """Means over the validation images, and the grid of samples [3, H, W] uint8: grey, prediction, truth.
+
+        None after an interruption.
+        """
         self.network.eval()
         self.reporter.stage("validation", len(self.val_loader.dataset))
         totals, count, rows = {}, 0, []
-        for rgb, failed in self.val_loader:
-            self._note(failed)
+        for rgb in self._batches(self.val_loader, stop):
             loss, output = self.loss(rgb)
             truth = rgb.to(self.device).permute(0, 3, 1, 2)
             L = rgb_to_lab(truth)[:, :1]
@@ -250,6 +267,10 @@ class Run:
             for i in range(min(len(rgb), _SAMPLES - len(rows))):
                 rows.append(torch.cat((grey[i], color[i], truth[i]), dim=2).cpu())
             self.reporter.advance(len(rgb))
+            if stop.asked:
+                break
+        if stop.asked:
+            return None
         return {name: total / count for name, total in totals.items()}, torch.cat(rows, dim=1)
 
     def _measure_prior(self) -> Tensor:
@@ -282,15 +303,27 @@ class Run:
             "progress": asdict(self.progress),
             "random": torch.get_rng_state(),
         }
-        with atomic_path(self.out / STATE) as temporary:
-            torch.save(state, temporary)
+        try:
+            with atomic_path(self.out / STATE) as temporary:
+                torch.save(state, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{self.out / STATE}: cannot be written ({str(error).splitlines()[0]})") from error
 
     def _load_state(self) -> None:
         path = self.out / STATE
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            names = {"config", "data", "network", "optimizer", "prior", "progress", "random"}
+            if not isinstance(state, dict) or not names <= state.keys():
+                raise ValueError("it holds something else")
         except Exception as error:  # torch.load raises many kinds on a broken file
-            raise TrainingError(f"{path}: not a readable state of a run ({str(error).splitlines()[0]})") from error
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TrainingError(f"{path}: not a readable state of a run ({why})") from error
+        if state["config"]["epochs"] != self.config.epochs and self.config.schedule != "constant":
+            self.reporter.say(
+                f"{self.config.epochs} epochs instead of {state['config']['epochs']}: "
+                "the learning rate goes on along the new schedule"
+            )
         changed = self.config.differences(state["config"])
         if changed:
             raise TrainingError(f"{path}: cannot resume with other options: {'; '.join(changed)}")
@@ -298,9 +331,9 @@ class Run:
             raise TrainingError(f"{path}: cannot resume, the usable images in the data folder are not those of the run")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.prior = state["prior"].cpu() if state["prior"] is not None else None
+        self.prior = state["prior"]
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"])
 
     def save_model(self) -> None:
         notes = {
@@ -347,12 +380,12 @@ def seed_everything(seed: int) -> None:
 
 def save_grid(path: Path, grid: Tensor) -> None:
     """Writes [3, H, W] uint8 as a PNG."""
-    from fastcolor.imaging.vips import libvips
-
-    with atomic_path(path) as temporary:
-        libvips().Image.new_from_array(grid.permute(1, 2, 0).contiguous().numpy(), interpretation="srgb").pngsave(
-            str(temporary)
-        )
+    image = libvips().Image.new_from_array(grid.permute(1, 2, 0).contiguous().numpy(), interpretation="srgb")
+    try:
+        with atomic_path(path) as temporary:
+            image.pngsave(str(temporary))
+    except libvips().Error as error:
+        raise OSError(f"{path}: cannot be written ({reason(error)})") from error
 
 
 def _writer(out: Path, reporter: Reporter):
@@ -381,58 +414,70 @@ def train(data: str | Path, config: TrainConfig, reporter: Reporter | None = Non
         or go on.
     """
     reporter = reporter or Silent()
-    with stop_on_signals() as stop:
-        run = Run(data, config, reporter)
-        progress, out = run.progress, run.out
-        counts = run.problems.counts()
-        if counts:
-            reporter.say(f"left out: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")
-            for path, why in run.problems.reasons.items():
-                reporter.say(f"  {why if path in why else f'{path}: {why}'}")
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_path(out / "config.json") as temporary:
-            temporary.write_text(json.dumps({"data": str(data), **asdict(config)}, indent=2) + "\n")
-        if not config.resume:
-            run.save_state()  # a full disk shows now, not after the first epoch
-        writer = _writer(out, reporter)
-        try:
-            while progress.epoch < config.epochs:
-                started, images = time.perf_counter(), progress.images
-                whole = run.train_epoch(stop)
-                seconds = time.perf_counter() - started
-                if not whole:
-                    run.save_state()
-                    reporter.say(f"stopped in epoch {progress.epoch + 1}; --resume goes on from here")
-                    return Result(False, out, progress.history, run.problems)
-                scores, grid = run.validate()
-                entry = {
-                    "epoch": progress.epoch + 1,
-                    "loss": progress.loss_sum / max(1, progress.images),
-                    **scores,
-                    "lr": run.optimizer.param_groups[0]["lr"],
-                    "images_per_second": (progress.images - images) / seconds,
-                }
-                progress.history.append(entry)
-                progress.epoch, progress.step, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
-                save_grid(out / "samples" / f"epoch_{progress.epoch:04d}.png", grid)
-                run.save_model()
-                run.save_state()
-                with open(out / HISTORY, "w") as file:
-                    file.writelines(json.dumps(e) + "\n" for e in progress.history)
-                if writer is not None:
-                    for name, value in entry.items():
-                        writer.add_scalar(name, value, progress.epoch)
-                    writer.add_image("samples", grid, progress.epoch)
-                    writer.flush()
-                reporter.say(
-                    f"epoch {progress.epoch}: loss {entry['loss']:.4f}, validation {entry['val_loss']:.4f}, "
-                    f"PSNR {entry['val_psnr']:.2f} dB (grey {entry['val_psnr_grey']:.2f}), "
-                    f"colourfulness {entry['val_colorfulness'] / max(entry['val_colorfulness_truth'], 1e-9):.0%}, "
-                    f"{entry['images_per_second']:.1f} images/s"
-                )
-                if stop.asked:
-                    return Result(progress.epoch >= config.epochs, out, progress.history, run.problems)
-        finally:
-            if writer is not None:
-                writer.close()
-        return Result(True, out, progress.history, run.problems)
+    run = Run(data, config, reporter)  # nothing to lose yet: Ctrl-C ends it as usual
+    out = run.out
+    counts = run.problems.counts()
+    if counts:
+        reporter.say(f"left out: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")
+        for path, why in run.problems.reasons.items():
+            reporter.say(f"  {why if path in why else f'{path}: {why}'}")
+    with atomic_path(out / "config.json") as temporary:
+        temporary.write_text(json.dumps({"data": str(data), **asdict(config)}, indent=2) + "\n")
+    writer = _writer(out, reporter)
+    try:
+        with stop_on_signals() as stop:
+            while run.progress.epoch < config.epochs:
+                entry, grid = run_epoch(run, stop)
+                if entry is None:
+                    reporter.say(f"stopped in epoch {run.progress.epoch + 1}; --resume goes on from here")
+                    return Result(False, out, run.progress.history, run.problems)
+                _keep(run, entry, grid, writer)
+                if stop.asked and run.progress.epoch < config.epochs:
+                    reporter.say(f"stopped after epoch {run.progress.epoch}; --resume goes on from here")
+                    return Result(False, out, run.progress.history, run.problems)
+    finally:
+        if writer is not None:
+            writer.close()
+    return Result(True, out, run.progress.history, run.problems)
+
+
+def run_epoch(run: Run, stop: Stop) -> tuple[dict, Tensor] | tuple[None, None]:
+    """Finishes the epoch under way: its entry in the history, and the samples. None where it was interrupted."""
+    progress, started, images = run.progress, time.perf_counter(), run.progress.images
+    whole = run.train_epoch(stop)
+    seconds = time.perf_counter() - started
+    run.save_state()  # before validation, which an interruption leaves out: resumed, it comes first
+    found = run.validate(stop) if whole else None
+    if found is None:
+        return None, None
+    scores, grid = found
+    entry = {
+        "epoch": progress.epoch + 1,
+        "loss": progress.loss_sum / max(1, progress.images),
+        **scores,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "images_per_second": (progress.images - images) / seconds,
+    }
+    progress.history.append(entry)
+    progress.epoch, progress.step, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
+    return entry, grid
+
+
+def _keep(run: Run, entry: dict, grid: Tensor, writer) -> None:
+    """Writes what a finished epoch leaves; the state first, so that no failure after it loses the epoch."""
+    run.save_state()
+    run.save_model()
+    with atomic_path(run.out / HISTORY) as temporary:
+        temporary.write_text("".join(json.dumps(e) + "\n" for e in run.progress.history))
+    save_grid(run.out / "samples" / f"epoch_{entry['epoch']:04d}.png", grid)
+    if writer is not None:
+        for name, value in entry.items():
+            writer.add_scalar(name, value, entry["epoch"])
+        writer.add_image("samples", grid, entry["epoch"])
+        writer.flush()
+    run.reporter.say(
+        f"epoch {entry['epoch']}: loss {entry['loss']:.4f}, validation {entry['val_loss']:.4f}, "
+        f"PSNR {entry['val_psnr']:.2f} dB (grey {entry['val_psnr_grey']:.2f}), "
+        f"colourfulness {entry['val_colorfulness'] / max(entry['val_colorfulness_truth'], 1e-9):.0%}, "
+        f"{entry['images_per_second']:.1f} images/s"
+    )

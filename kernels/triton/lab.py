@@ -9,6 +9,7 @@ from fastcolor.kernels.memory import channels
 from fastcolor.kernels.triton import interpreting
 from torch import Tensor
 
+from fastcolor.reference import lab as reference
 from fastcolor.reference.lab import LEVELS, RGB_TO_XYZ, WHITE, XYZ_TO_RGB
 
 BLOCK = 1024  # pixels of a program; with 8 warps four for each thread: 16-byte accesses in float32 planes
@@ -23,10 +24,8 @@ _RX, _RY, _RZ = (tl.constexpr(m * w) for m, w in zip(XYZ_TO_RGB[0], WHITE, stric
 _GX, _GY, _GZ = (tl.constexpr(m * w) for m, w in zip(XYZ_TO_RGB[1], WHITE, strict=True))
 _BX, _BY, _BZ = (tl.constexpr(m * w) for m, w in zip(XYZ_TO_RGB[2], WHITE, strict=True))
 
-_KNEE = tl.constexpr(6 / 29)  # of f
-_KNEE_CUBED = tl.constexpr((6 / 29) ** 3)  # of t
-_SLOPE = tl.constexpr(841 / 108)  # of f below the knee
-_OFFSET = tl.constexpr(4 / 29)
+_KNEE, _INVERSE_KNEE = tl.constexpr(reference.KNEE), tl.constexpr(reference.INVERSE_KNEE)
+_SLOPE, _OFFSET = tl.constexpr(reference.SLOPE), tl.constexpr(reference.OFFSET)
 _BISECTIONS = tl.constexpr(16)  # of the gamut scale: chroma to 2^-16 of itself
 _TOLERANCE = tl.constexpr(1e-6)  # of linear light; white's rounding error is inside
 _PTX = tl.constexpr(torch.version.hip is None and not interpreting())
@@ -107,25 +106,25 @@ def _inverse_cbrt(x):
 
 @triton.jit
 def _f(t):
-    x = tl.where(t > _KNEE_CUBED, t, 1.0)
+    x = tl.where(t > _KNEE, t, 1.0)
     z = _inverse_cbrt(x)
-    return tl.where(t > _KNEE_CUBED, x * z * z, t * _SLOPE + _OFFSET)
+    return tl.where(t > _KNEE, x * z * z, t * _SLOPE + _OFFSET)
 
 
 @triton.jit
 def _f_slope(t):
-    z = _inverse_cbrt(tl.where(t > _KNEE_CUBED, t, 1.0))
-    return tl.where(t > _KNEE_CUBED, z * z * (1 / 3), _SLOPE)
+    z = _inverse_cbrt(tl.where(t > _KNEE, t, 1.0))
+    return tl.where(t > _KNEE, z * z * (1 / 3), _SLOPE)
 
 
 @triton.jit
 def _f_inverse(f):
-    return tl.where(f > _KNEE, f * f * f, (f - _OFFSET) * (1 / _SLOPE))
+    return tl.where(f > _INVERSE_KNEE, f * f * f, (f - _OFFSET) * (1 / _SLOPE))
 
 
 @triton.jit
 def _f_inverse_slope(f):
-    return tl.where(f > _KNEE, 3 * f * f, 1 / _SLOPE)
+    return tl.where(f > _INVERSE_KNEE, 3 * f * f, 1 / _SLOPE)
 
 
 @triton.jit

@@ -86,10 +86,27 @@ def test_ctrl_c_saves_and_resume_finishes(photos, tmp_path):
     assert "--resume goes on from here" in output and "Traceback" not in output
     before = (tmp_path / "run" / "history.jsonl").read_text()
     epochs = len(before.splitlines()) + 1
-    # fewer epochs than asked first: the run is over once the one under way is
-    done = fastcolor("train", photos, *options, "--epochs", epochs, "--resume")
+    # fewer epochs than asked first: the run is over once the one under way is. The other options are remembered
+    done = fastcolor("train", photos, "--out", tmp_path / "run", "--epochs", epochs, "--resume")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "history.jsonl").read_text().startswith(before)
+
+
+def test_sigterm_to_the_whole_group_saves(photos, tmp_path):
+    """As batch systems send it, to the workers too."""
+    command = [sys.executable, "-m", "fastcolor", "train", photos, "--out", tmp_path / "run", "--size", 64,
+               "--batch-size", 1, "--device", "cpu", "--workers", 2, "--epochs", 1000]  # fmt: skip
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "history.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "--resume goes on from here" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,13 @@ def broken(saved, tmp_path, kind):
     elif kind == "other shape":
         header = {"format": 1, "network": NetworkConfig().to_dict(), "notes": {}}
         save_file({"x": torch.ones(2)}, target, metadata={"fastcolor": json.dumps(header)})
+    elif kind in ("no notes", "unknown head", "short prior"):
+        network = NetworkConfig().to_dict() | ({"head": "gan"} if kind == "unknown head" else {})
+        header = {"format": 1, "network": network, "notes": {}}
+        if kind == "no notes":
+            del header["notes"], header["network"]
+        tensors = {n: v for n, v in ColorNetwork().state_dict().items() if not n.endswith("batches_tracked")}
+        save_file({**tensors, "prior": torch.ones(7)}, target, metadata={"fastcolor": json.dumps(header)})
     elif kind == "folder":
         target.mkdir()
     return target
@@ -72,6 +79,9 @@ def broken(saved, tmp_path, kind):
         ("foreign", "not one of fastcolor"),
         ("newer", "format 99, this fastcolor reads up to 1"),
         ("other shape", "do not fit its configuration"),
+        ("no notes", "not a readable fastcolor checkpoint"),
+        ("unknown head", "head must be one of"),
+        ("short prior", r"its prior has shape \[7\], not \[313\]"),
         ("folder", "no such weights file"),
         ("missing", "no such weights file"),
     ],

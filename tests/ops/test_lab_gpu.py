@@ -144,7 +144,8 @@ def test_current_stream(backend):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # clock cycles, a tenth of a second
+        fastcolor.rgb_to_lab(rgb)  # its memory is allocated: an allocation waits for the device
+        torch.cuda._sleep(2_000_000_000)  # clock cycles, about a second
         rgb.fill_(1.0)
         lab = fastcolor.rgb_to_lab(rgb)
         assert not stream.query()  # asynchronous, and queued here

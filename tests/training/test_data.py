@@ -5,6 +5,7 @@ import pytest
 import pyvips
 import torch
 
+from fastcolor.imaging.find import find_images
 from fastcolor.training.data import (
     GREY,
     DataError,
@@ -13,7 +14,6 @@ from fastcolor.training.data import (
     PhotoCrops,
     Problems,
     check_headers,
-    find_images,
     find_photos,
     make_loader,
     split,

@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fastcolor.imaging.find import find_images
 from fastcolor.model.checkpoint import load_checkpoint
 from fastcolor.training.config import TrainConfig
-from fastcolor.training.data import DataError, find_images
+from fastcolor.training.data import DataError
 from fastcolor.training.loop import Run, Silent, TrainingError, train
 
 TINY = TrainConfig(size=64, epochs=3, batch_size=4, lr=2e-3, workers=0, device="cpu", val_share=0.25)
@@ -85,6 +87,53 @@ def test_resumes_exactly(photos, tmp_path, stop_after, number):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def test_interrupted_validation_is_resumed(photos, tmp_path):
+    """A signal in validation leaves it out; the resumed run starts with it, and trains no step twice."""
+
+    class InValidation(Recorder):
+        name = ""
+
+        def stage(self, text, total):
+            self.name = text
+
+        def advance(self, count=1, **values):
+            super().advance(count, **values)
+            if self.name == "validation":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "whole")))
+    config = replace(TINY, epochs=1, out=str(tmp_path / "parts"))
+    recorder = InValidation()
+    assert not train(photos, config, recorder).finished
+    assert "--resume goes on from here" in recorder.lines[-1]
+    again = Recorder()
+    second = train(photos, replace(config, resume=True), again)
+    assert second.finished and again.losses == []
+    assert {**second.history[0], "images_per_second": 0} == {**whole.history[0], "images_per_second": 0}
+
+
+def test_a_run_that_failed_early_can_start_again(photos, tmp_path):
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+    with pytest.raises(TrainingError, match="try a lower --lr"):
+        train(photos, replace(config, lr=1e30, schedule="constant", warmup=0))
+    assert train(photos, config).finished
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+def test_a_full_disk_names_the_file(photos, tmp_path, monkeypatch, name):
+    """A write that fails for real, by the limit on the size of files: the file is named, and no half of it stays."""
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent())
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        with pytest.raises(OSError, match=f"{name}: cannot be written|{name}"):
+            run.save_state() if name == "state.pt" else run.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_signals_are_given_back(photos, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run")), Recorder(1))
@@ -116,6 +165,9 @@ def test_existing_runs_are_safe(photos, tmp_path):
         train(photos, replace(config, resume=True))
     (tmp_path / "run" / "state.pt").write_bytes(b"half a file")
     with pytest.raises(TrainingError, match=r"state.pt: not a readable state"):
+        train(photos, replace(config, resume=True))
+    torch.save({"other": 1}, tmp_path / "run" / "state.pt")
+    with pytest.raises(TrainingError, match=r"state.pt: not a readable state .*something else"):
         train(photos, replace(config, resume=True))
 
 
