@@ -136,8 +136,8 @@ def plain_copy(moved: int, device: str) -> Candidate:
 
 
 def rotation(moved: int, device: str) -> int:
-    """How many buffers to rotate among: enough that a GPU's L2 cache holds none until its turn comes, 64 at most. Data of
-    less than a sixteenth of the cache stays in it, and its figures are those of the cache.
+    """How many buffers to rotate among: so many that a GPU's L2 cache holds none until its turn comes, and 64 at most.
+    Data of less than a sixteenth of the cache stays in it, and its figures are those of the cache.
     """
     if device != "cuda":
         return 1
