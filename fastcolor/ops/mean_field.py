@@ -129,6 +129,37 @@ def mean_field(
     return _run(logits, guide, options)
 
 
+_DEFAULTS = dict(mean_field.__kwdefaults__)
+
+
+def mean_field_annealed(logits: Tensor, guide: Tensor, *, temperature: Scalar = 0.38, **options) -> Tensor:
+    """`annealed_mean(mean_field(logits, guide, **options), temperature)` in one: the last sweep makes the colours, and
+    marginals are never written.
+
+    Args:
+        logits: [B, K, H, W], of labels that have colours.
+        guide: [B, 1, H, W].
+        temperature: as in `annealed_mean`.
+        **options: as in `mean_field`.
+
+    Returns:
+        ab [B, 2, H, W], float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError, TypeError: as `mean_field` and `annealed_mean`.
+    """
+    options = {**_DEFAULTS, **options}
+    _check_options(options)
+    _check_entries(options["similarity"])
+    _check_temperature(temperature)
+    _check_floating("logits", logits)
+    if logits.ndim == 4 and reference.resolve_bins(options["bins"], logits.shape[1]) is None:
+        raise ValueError(
+            f"the annealed mean needs the colours of the labels: bins with K = {logits.shape[1]}, got None"
+        )
+    return _run(logits, guide, options, temperature)
+
+
 def _run(logits: Tensor, guide: Tensor, options: dict, temperature: Scalar | None = None) -> Tensor:
     """Checks what depends on the tensors' shapes, and calls the backend: marginals, or with a temperature their ab."""
     _check_floating("logits", logits)
@@ -226,7 +257,7 @@ def _on_kernels(
     )
     scalars = (temperature,) if isinstance(temperature, Tensor) else ()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *scalars)):
-        q = reference.mean_field(logits, guide, **options)
+        q = _MeanField.apply(*tensors, *fixed)
         return q if temperature is None else reference.annealed_mean(q, temperature, bins)
     if temperature is None:
         return _mean_field(*tensors, *fixed, False)[0]
@@ -335,6 +366,30 @@ def _fake_annealed(logits, *_):
     return logits.new_empty((batch, 2, height, width), dtype=torch.float32)
 
 
+def _launch_backward(grad, states, logits, guide, a, b, space, sharpness, prior, *rest):
+    *fixed, pairs, factors = rest
+    problem = _Problem(logits, guide, a, b, space, sharpness, prior, _Fixed(*fixed))
+    grad = grad.to(logits.dtype)
+    if _labels_last(logits):
+        grad = grad.movedim(1, -1)
+    grad = grad.contiguous()  # in memory as the logits are
+    wide = _empty_like(logits, torch.float32)
+    of = (guide, a, b, space, sharpness, logits.new_empty(0) if prior is None else prior)
+    sums = [torch.zeros(x.shape) for x in of]  # the kernel adds to them
+    grad_guide, grad_a, grad_b, grad_space, grad_sharpness, grad_prior = (x.data_ptr() for x in sums)
+    _backend.native("_cpu").mean_field_backward(
+        problem.native, grad.data_ptr(), states.data_ptr(), wide.data_ptr(), grad_a if factors else 0, grad_b,
+        grad_guide if pairs else 0, grad_space, grad_sharpness, grad_prior if prior is not None else 0,
+    )  # fmt: skip
+    return wide.to(logits.dtype), *(s.to(x.dtype) for s, x in zip(sums, of, strict=True))
+
+
+def _fake_backward(grad, states, logits, guide, a, b, space, sharpness, prior, *_):
+    grads = [x.new_empty(x.shape) for x in (guide, a, b, space, sharpness)]
+    grads.append(logits.new_empty(0) if prior is None else prior.new_empty(prior.shape))
+    return _empty_like(logits, logits.dtype), *grads
+
+
 _ARGUMENTS = (
     "Tensor logits, Tensor guide, Tensor a, Tensor b, Tensor space, Tensor sharpness, Tensor? prior, "
     "int[] dy, int[] dx, int[] counts, int sweeps, bool checkerboard, float damping, bool uniform"
@@ -347,6 +402,12 @@ for _schema, _implementation, _meta in (
         _launch_annealed,
         _fake_annealed,
     ),
+    (
+        f"mean_field_backward(Tensor grad, Tensor states, {_ARGUMENTS}, bool pairs, bool factors)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _launch_backward,
+        _fake_backward,
+    ),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
@@ -356,6 +417,24 @@ for _schema, _implementation, _meta in (
 # Alone they drop gradients: callers go through the functions above.
 _mean_field = torch.ops.fastcolor.mean_field.default
 _mean_field_annealed = torch.ops.fastcolor.mean_field_annealed.default
+_mean_field_backward = torch.ops.fastcolor.mean_field_backward.default
+
+
+class _MeanField(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, guide, a, b, space, sharpness, prior, *fixed):
+        q, states = _mean_field(logits, guide, a, b, space, sharpness, prior, *fixed, True)
+        ctx.save_for_backward(states, logits, guide, a, b, space, sharpness, prior)
+        ctx.fixed = fixed
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        wanted = ctx.needs_input_grad
+        pairs, factors = wanted[1] or wanted[4] or wanted[5], wanted[2] or wanted[3]
+        grads = _mean_field_backward(grad, *ctx.saved_tensors, *ctx.fixed, pairs, factors)
+        return *(g if w else None for g, w in zip(grads, wanted[:7], strict=True)), *(None for _ in ctx.fixed)
 
 
 class MeanField(nn.Module):
@@ -523,8 +602,7 @@ def annealed_mean(marginals: Tensor, temperature: Scalar = 0.38, bins: ColorBins
         TypeError: marginals are not floating.
     """
     bins = _check_marginals(marginals, bins)
-    if not 0 < _number("temperature", temperature) < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {_number('temperature', temperature)}")
+    _check_temperature(temperature)
     with torch.autocast(marginals.device.type, enabled=False):
         return reference.annealed_mean(marginals, temperature, bins)
 
@@ -695,6 +773,11 @@ def _check_options(options: dict) -> None:
             _check_choice(name, options[name], choices)
     if isinstance(options["similarity"], str):
         _check_choice("similarity", options["similarity"], SIMILARITIES)
+
+
+def _check_temperature(temperature: Scalar) -> None:
+    if not 0 < _number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {_number('temperature', temperature)}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -32,17 +32,32 @@ struct MeanFieldProblem {
   int threads;
 };
 
-// How the states of an update are kept: see mean_field_state_size.
 // marginals: as the logits, in their storage and order; may be null.
 // ab: [B, 2, H, W], Σ c q^(1/T) / Σ q^(1/T) with c = colors [K, 2] (0 on the other axis of separable labels); may be null.
 // states: H and F of the start and of each update for mean_field_backward, else null: then a few rows of each are kept.
 void mean_field(const MeanFieldProblem& problem, void* marginals, const float* colors, float temperature, float* ab,
                 float* states);
 
+// Where gradients go: logits are written, the others added to. `prior` may be null; guide, space and sharpness are all there
+// or null together, and so are a and b.
+struct MeanFieldGradients {
+  float* logits;  // as the logits of the problem, in float32
+  float *a, *b;   // [K, R]
+  float* guide;   // [B, H, W]
+  float* space;   // [O]
+  float* sharpness;
+  float* prior;  // [B, R, H, W]
+};
+
+// grad: of the marginals, in the storage and order of the logits. Nothing of N·K is kept: q comes again from the logits and
+// the states.
+void mean_field_backward(const MeanFieldProblem& problem, const void* grad, const float* states,
+                         const MeanFieldGradients& to);
+
 // Floats in `states`: [B, U + 1, 2 (H and F), H, R rounded up, W with margins].
 int64_t mean_field_state_size(const MeanFieldProblem& problem);
 
-// exp as the softmax has it, for the test of its bound: out[i] = exp(scale · x[i]), scale · x[i] <= 0.
-void exp_scaled(const float* x, float scale, float* out, int64_t n);
+// The exponential by itself, for the test of its bound: out[i] = 2^x[i], x[i] <= 0.
+void exp2_of(const float* x, float* out, int64_t n);
 
 }  // namespace fastcolor::cpu

@@ -102,18 +102,17 @@ FC_INLINE float largest(V v) {
 }
 #endif
 
-// exp(scale · x) for scale · x <= 0 in natural units, where `scale2` is scale · log2(e) and `least` is -127 / scale2; 0 below
-// 2^-127, nan stays. Max relative error 2e-7 + 1.2e-7 |scale · x| above 2^-126 (test_mean_field.py: test_exp_bound).
-FC_INLINE V exp_scaled(V x, V scale2, V least) {
+// 2^x for x <= 0; 0 below -127, and nan stays. Max relative error 2.5e-7 above -126 (test_mean_field.py: test_exp2_bound).
+FC_INLINE V exp2_of(V x) {
   const V magic = splat(12582912.0f + 127.0f);  // 1.5 · 2^23: what is added to it is rounded to an integer
-  x = maximum(least, x);
-  const V z = x * scale2 + magic;
-  const V f = x * scale2 - (z - magic);
+  x = maximum(splat(-127.0f), x);
+  const V z = x + magic;
+  const V f = x - (z - magic);
   V e = splat(0.00132764516f);
   e = e * f + 0.00967554117f;
   e = e * f + 0.0555071334f;
   e = e * f + 0.240221197f;
   e = e * f + 0.693146967f;
   e = e * f + 1.00000007f;
-  return e * (V)((U)z << 23);  // the lowest bits of z are the exponent; 0 is the float 0
+  return e * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
 }
