@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/lab.h"
+#include "cpu/mean_field.h"
 #include "cpu/multiversion.h"
 
 namespace py = pybind11;
@@ -27,4 +28,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("lab_to_rgb_backward", [](Address grad_rgb, bool grad_rgb_interleaved, Address lab, bool lab_interleaved, Address grad_lab, bool grad_lab_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, int threads) { cpu::lab_to_rgb_backward(at<float>(grad_rgb), grad_rgb_interleaved, at<float>(lab), lab_interleaved, at<float>(grad_lab), grad_lab_interleaved, preserve_lightness, images, pixels, threads); }, Free());
   m.def("inverse_cbrt", [](Address x, Address out, int64_t n) { cpu::inverse_cbrt(at<float>(x), at<float>(out), n); }, Free());
   m.def("power", [](Address x, float p, Address out, int64_t n) { cpu::power(at<float>(x), p, at<float>(out), n); }, Free());
+
+  using Field = cpu::MeanFieldProblem;
+  py::class_<Field>(m, "MeanFieldProblem").def(py::init([](Address logits, int storage, bool labels_last, int64_t batch, int64_t labels, int64_t height, int64_t width, int64_t axes, Address counts, int64_t rank, Address a, Address b, Address guide, int64_t offsets, Address dy, Address dx, Address space, float sharpness, Address prior, int64_t sweeps, bool checkerboard, float damping, bool uniform, int threads) { return Field{at<void>(logits), cpu::Storage(storage), labels_last, batch, labels, height, width, axes, at<int64_t>(counts), rank, at<float>(a), at<float>(b), at<float>(guide), offsets, at<int64_t>(dy), at<int64_t>(dx), at<float>(space), sharpness, at<float>(prior), sweeps, checkerboard, damping, uniform, threads}; }));
+  m.def("mean_field", [](const Field& problem, Address marginals, Address colors, float temperature, Address ab, Address states) { cpu::mean_field(problem, at<void>(marginals), at<float>(colors), temperature, at<float>(ab), at<float>(states)); }, Free());
+  m.def("mean_field_backward", [](const Field& problem, Address grad, Address states, Address grad_logits, Address grad_a, Address grad_b, Address grad_guide, Address grad_space, Address grad_sharpness, Address grad_prior) { cpu::mean_field_backward(problem, at<void>(grad), at<float>(states), {at<float>(grad_logits), at<float>(grad_a), at<float>(grad_b), at<float>(grad_guide), at<float>(grad_space), at<float>(grad_sharpness), at<float>(grad_prior)}); }, Free());
+  m.def("mean_field_state_size", &cpu::mean_field_state_size);
+  m.def("exp2_of", [](Address x, Address out, int64_t n) { cpu::exp2_of(at<float>(x), at<float>(out), n); }, Free());
 }

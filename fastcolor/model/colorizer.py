@@ -16,7 +16,7 @@ from fastcolor.model.checkpoint import Checkpoint, CheckpointError, load_checkpo
 from fastcolor.model.device import choose_device
 from fastcolor.model.network import pool_to
 from fastcolor.ops.lab import rgb_to_lab
-from fastcolor.ops.mean_field import annealed_mean, mean_field
+from fastcolor.ops.mean_field import annealed_mean, mean_field_annealed
 from fastcolor.ops.render import render
 
 BUNDLED = Path(__file__).parent.parent / "weights" / "default.safetensors"
@@ -216,8 +216,10 @@ class Colorizer:
         if self.bins is None:
             return output * self.options.saturation, guide
         logits = output if self._unary is None else output + self._unary
+        temperature = self.options.temperature
         if self.options.mrf:
-            q = mean_field(logits, guide, bins=self.bins, **FIELD)
+            ab = mean_field_annealed(logits, guide, temperature=temperature, bins=self.bins, **FIELD)
         else:
             q = torch.cat([logits[:, place].softmax(1) for place, _ in self.bins.groups()], 1)
-        return annealed_mean(q, self.options.temperature, self.bins) * self.options.saturation, guide
+            ab = annealed_mean(q, temperature, self.bins)
+        return ab * self.options.saturation, guide

@@ -164,7 +164,7 @@ def choose(op: str, device: torch.device) -> Choice:
         elif name != "reference":
             return Choice(name, f"the fastest on {device.type}")
         elif reasons:
-            _say_once(op, device.type, "; ".join(reasons))
+            say_once(op, device.type, "; ".join(reasons))
             return Choice(name, "; ".join(reasons))
         else:
             return Choice(name, f"the only one on {device.type}")
@@ -172,7 +172,8 @@ def choose(op: str, device: torch.device) -> Choice:
 
 
 @cache
-def _say_once(op: str, device: str, why: str) -> None:
+def say_once(op: str, device: str, why: str) -> None:
+    """Logs a fallback the first time that it happens."""
     log.warning("%s on %s runs on the reference backend: %s", op, device, why)
 
 

@@ -1,22 +1,28 @@
 """The mean field of a random field over colour labels: colours that agree across a region, and across time.
 
-The formulas are in fastcolor.reference.mean_field.
+The formulas are in fastcolor.reference.mean_field, the kernels in fastcolor/kernels/*/mean_field.*.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastcolor.bins import ColorBins
 from fastcolor.ops import _backend
 from fastcolor.reference import mean_field as reference
 from fastcolor.reference.mean_field import LabelFactors, Scalar, Similarity
 
-_backend.offer("mean_field")
+_backend.offer("mean_field", "cpp")
+
+_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/cpu/mean_field.h
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_COLUMNS = 64  # R of the kernels: above, products with A and B cost more than all else
 
 SIMILARITIES = ("potts", "steps", "gaussian", "quadratic")
 NEIGHBORHOODS = ("square", "cross")
@@ -123,8 +129,39 @@ def mean_field(
     return _run(logits, guide, options)
 
 
-def _run(logits: Tensor, guide: Tensor, options: dict) -> Tensor:
-    """Checks what depends on the tensors' shapes, and calls the backend."""
+_DEFAULTS = dict(mean_field.__kwdefaults__)
+
+
+def mean_field_annealed(logits: Tensor, guide: Tensor, *, temperature: Scalar = 0.38, **options) -> Tensor:
+    """`annealed_mean(mean_field(logits, guide, **options), temperature)` in one: the last sweep makes the colours, and
+    marginals are never written.
+
+    Args:
+        logits: [B, K, H, W], of labels that have colours.
+        guide: [B, 1, H, W].
+        temperature: as in `annealed_mean`.
+        **options: as in `mean_field`.
+
+    Returns:
+        ab [B, 2, H, W], float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError, TypeError: as `mean_field` and `annealed_mean`.
+    """
+    options = {**_DEFAULTS, **options}
+    _check_options(options)
+    _check_entries(options["similarity"])
+    _check_temperature(temperature)
+    _check_floating("logits", logits)
+    if logits.ndim == 4 and reference.resolve_bins(options["bins"], logits.shape[1]) is None:
+        raise ValueError(
+            f"the annealed mean needs the colours of the labels: bins with K = {logits.shape[1]}, got None"
+        )
+    return _run(logits, guide, options, temperature)
+
+
+def _run(logits: Tensor, guide: Tensor, options: dict, temperature: Scalar | None = None) -> Tensor:
+    """Checks what depends on the tensors' shapes, and calls the backend: marginals, or with a temperature their ab."""
     _check_floating("logits", logits)
     _check_floating("guide", guide)
     if logits.ndim != 4 or logits.shape[1] == 0:
@@ -141,9 +178,263 @@ def _run(logits: Tensor, guide: Tensor, options: dict) -> Tensor:
             _check_shape(f"previous {name}", x, [batch, channels, height, width])
     _check_labels("logits", labels, options["bins"])
     _check_similarity(options["similarity"], labels, options["bins"])
-    _backend.choose("mean_field", logits.device)  # raises where a backend was asked for that has no kernel
     with torch.autocast(logits.device.type, enabled=False):  # its matrix products would run in 16 bits
-        return reference.mean_field(logits, guide, **options)
+        if _chosen(logits.device, _backend.forced()) != "reference":
+            factors = _factors(labels, options)
+            if not _left_to_reference(logits, factors[0].shape[1]):
+                return _on_kernels(logits, guide, factors, options, temperature)
+        q = reference.mean_field(logits, guide, **options)
+        return q if temperature is None else reference.annealed_mean(q, temperature, options["bins"])
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
+    """The backend. A constant to torch.compile, which cannot trace the search; it guards on `forced`."""
+    return _backend.choose("mean_field", device).name
+
+
+def _left_to_reference(logits: Tensor, columns: int) -> bool:
+    """Whether kernels do not take this; an error where a backend was asked for, a word in the log where none was."""
+    if logits.dtype == torch.float64:
+        why = "float64 is computed on the reference"
+    elif columns > _MOST_COLUMNS:
+        why = f"the similarity has {columns} columns, kernels take up to {_MOST_COLUMNS}: see label_factors"
+    else:
+        return False
+    wished = _backend.forced()
+    if wished and "reference" not in wished:
+        raise _backend.BackendError(f"mean_field cannot run on backend {wished[0]!r}: {why}")
+    if logits.dtype != torch.float64 and not torch.compiler.is_compiling():
+        _backend.say_once("mean_field", logits.device.type, why)
+    return True
+
+
+def _factors(labels: int, options: dict) -> tuple[Tensor, Tensor]:
+    """A and B [K, R] in float32."""
+    names = ("similarity", "bins", "gamma", "tolerance")
+    similarity, bins, gamma, tolerance = (options[name] for name in names)
+    factors = reference.label_factors(similarity, labels, bins, gamma, tolerance, dtype=torch.float32)
+    return factors.a, factors.b
+
+
+class _Fixed(NamedTuple):
+    """What is no tensor among the arguments of the ops."""
+
+    dy: list[int]  # [O]
+    dx: list[int]  # [O]
+    counts: list[int]  # [axes] labels of each axis
+    sweeps: int
+    checkerboard: bool
+    damping: float
+    uniform: bool
+
+
+def _on_kernels(
+    logits: Tensor, guide: Tensor, factors: tuple[Tensor, Tensor], options: dict, temperature: Scalar | None
+) -> Tensor:
+    """Weights and factors become small tensors here, in PyTorch, so that autograd reaches what they are made of."""
+    labels, height, width = logits.shape[1:]
+    bins = reference.resolve_bins(options["bins"], labels)
+    around = reference.offsets(options["neighborhood"], options["radius"], options["dilation"], height, width)
+    a, b = factors
+    prior = None
+    if options["previous"] is not None:
+        q_before, g_before = (x.float() for x in options["previous"])
+        nearness = reference.gaussian(guide.float() - g_before, options["sigma_time"])
+        prior = options["weight_time"] * nearness * reference.project(b, q_before)
+    tensors = (logits, guide, a, b, *_pair_terms(around, options, logits), prior)
+    fixed = _Fixed(
+        [dy for dy, _ in around],
+        [dx for _, dx in around],
+        [place.stop - place.start for place in reference.label_axes(bins, labels)],
+        options["sweeps"],
+        options["schedule"] == "checkerboard",
+        float(options["damping"]),
+        options["start"] == "uniform",
+    )
+    scalars = (temperature,) if isinstance(temperature, Tensor) else ()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *scalars)):
+        q = _MeanField.apply(*tensors, *fixed)
+        return q if temperature is None else reference.annealed_mean(q, temperature, bins)
+    if temperature is None:
+        return _mean_field(*tensors, *fixed, False)[0]
+    return _mean_field_annealed(*tensors, *fixed, _colors(bins), float(temperature))
+
+
+def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of each offset between equal lightnesses [O], and 1 / sigma_light []."""
+    weight, sigma_space, sigma_light = (options[name] for name in ("weight", "sigma_space", "sigma_light"))
+    distances = [math.hypot(dy, dx) for dy, dx in around]
+    if isinstance(weight, Tensor) or isinstance(sigma_space, Tensor):
+        distance = like.new_tensor(distances, dtype=torch.float32)
+        space = weight * reference.gaussian(distance, sigma_space)
+    else:
+        steps = [d / sigma_space for d in distances]
+        space = like.new_tensor([weight * math.exp(-0.5 * z * z) for z in steps], dtype=torch.float32)
+    # a tiny sigma must leave 0 · (1 / sigma) = 0
+    if isinstance(sigma_light, Tensor):
+        return space, (1 / sigma_light).float().clamp(max=_LARGEST)
+    return space, like.new_tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32)
+
+
+def _colors(bins: ColorBins) -> Tensor:
+    """[K, 2]: the ab of each label, 0 on the axis that is not its own."""
+    colors = torch.zeros(bins.count, 2)
+    for axis, (place, centers) in enumerate(bins.groups()):
+        if bins.kind == "joint":
+            colors[place] = centers.float()
+        else:
+            colors[place, axis] = centers[:, 0].float()
+    return colors
+
+
+def _labels_last(logits: Tensor) -> bool:
+    """Whether labels are side by side in memory; planes of pixels where both can be said, and where neither can."""
+    return not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous()
+
+
+def _as_read(logits: Tensor) -> Tensor:
+    """The logits themselves where kernels can read them in place."""
+    return logits if _labels_last(logits) else logits.contiguous()
+
+
+def _empty_like(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, labels, height, width = logits.shape
+    if _labels_last(logits):
+        return logits.new_empty((batch, height, width, labels), dtype=dtype).movedim(-1, 1)
+    return logits.new_empty(logits.shape, dtype=dtype)
+
+
+def _state_size(shape: torch.Size, columns: int, fixed: _Fixed) -> int:
+    """Floats of the states that the backward needs, as kernels/cpu/mean_field.cpp lays them out."""
+    batch, _, height, width = shape
+    updates = fixed.sweeps * (2 if fixed.checkerboard else 1)
+    padded = min(-(-columns // 3) * 3, -(-columns // 4) * 4)
+    stride = (width + 2 * max((abs(d) for d in fixed.dx), default=0) + 31) // 16 * 16
+    return batch * (updates + 1) * 2 * height * padded * stride
+
+
+class _Problem:
+    """The arguments of a C++ kernel, and the tensors whose addresses it has."""
+
+    def __init__(self, logits, guide, a, b, space, sharpness, prior, fixed: _Fixed):
+        batch, labels, height, width = logits.shape
+        self.logits = _as_read(logits)
+        plain = [None if x is None else x.float().contiguous() for x in (a, b, guide, space, prior)]
+        whole = [torch.tensor(x, dtype=torch.int64) for x in (fixed.counts, fixed.dy, fixed.dx)]
+        a, b, guide, space, prior = (0 if x is None else x.data_ptr() for x in plain)
+        counts, dy, dx = (x.data_ptr() for x in whole)
+        self.kept = plain, whole
+        self.native = _backend.native("_cpu").MeanFieldProblem(
+            self.logits.data_ptr(), _STORAGE[logits.dtype], _labels_last(logits), batch, labels, height, width,
+            len(fixed.counts), counts, plain[0].shape[1], a, b, guide, len(fixed.dy), dy, dx, space,
+            sharpness.item(), prior, fixed.sweeps, fixed.checkerboard, fixed.damping, fixed.uniform,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _launch(logits, guide, a, b, space, sharpness, prior, *rest):
+    *fixed, keep = rest
+    fixed = _Fixed(*fixed)
+    problem = _Problem(logits, guide, a, b, space, sharpness, prior, fixed)
+    q = _empty_like(logits, logits.dtype)
+    states = torch.zeros(_state_size(logits.shape, a.shape[1], fixed) if keep else 0)
+    _backend.native("_cpu").mean_field(problem.native, q.data_ptr(), 0, 1.0, 0, states.data_ptr())
+    return q, states
+
+
+def _fake(logits, guide, a, b, space, sharpness, prior, *rest):
+    *fixed, keep = rest
+    size = _state_size(logits.shape, a.shape[1], _Fixed(*fixed)) if keep else 0
+    return _empty_like(logits, logits.dtype), logits.new_empty(size, dtype=torch.float32)
+
+
+def _launch_annealed(logits, guide, a, b, space, sharpness, prior, *rest):
+    *fixed, colors, temperature = rest
+    problem = _Problem(logits, guide, a, b, space, sharpness, prior, _Fixed(*fixed))
+    ab = _fake_annealed(logits)
+    colors = colors.float().contiguous()
+    _backend.native("_cpu").mean_field(problem.native, 0, colors.data_ptr(), temperature, ab.data_ptr(), 0)
+    return ab
+
+
+def _fake_annealed(logits, *_):
+    batch, _, height, width = logits.shape
+    return logits.new_empty((batch, 2, height, width), dtype=torch.float32)
+
+
+def _launch_backward(grad, states, logits, guide, a, b, space, sharpness, prior, *rest):
+    *fixed, pairs, factors = rest
+    problem = _Problem(logits, guide, a, b, space, sharpness, prior, _Fixed(*fixed))
+    grad = grad.to(logits.dtype)
+    if _labels_last(logits):
+        grad = grad.movedim(1, -1)
+    grad = grad.contiguous()  # in memory as the logits are
+    wide = _empty_like(logits, torch.float32)
+    of = (guide, a, b, space, sharpness, logits.new_empty(0) if prior is None else prior)
+    sums = [torch.zeros(x.shape) for x in of]  # the kernel adds to them
+    grad_guide, grad_a, grad_b, grad_space, grad_sharpness, grad_prior = (x.data_ptr() for x in sums)
+    _backend.native("_cpu").mean_field_backward(
+        problem.native, grad.data_ptr(), states.data_ptr(), wide.data_ptr(), grad_a if factors else 0, grad_b,
+        grad_guide if pairs else 0, grad_space, grad_sharpness, grad_prior if prior is not None else 0,
+    )  # fmt: skip
+    return wide.to(logits.dtype), *(s.to(x.dtype) for s, x in zip(sums, of, strict=True))
+
+
+def _fake_backward(grad, states, logits, guide, a, b, space, sharpness, prior, *_):
+    grads = [x.new_empty(x.shape) for x in (guide, a, b, space, sharpness)]
+    grads.append(logits.new_empty(0) if prior is None else prior.new_empty(prior.shape))
+    return _empty_like(logits, logits.dtype), *grads
+
+
+_ARGUMENTS = (
+    "Tensor logits, Tensor guide, Tensor a, Tensor b, Tensor space, Tensor sharpness, Tensor? prior, "
+    "int[] dy, int[] dx, int[] counts, int sweeps, bool checkerboard, float damping, bool uniform"
+)
+_library = torch.library.Library("fastcolor", "FRAGMENT")
+for _schema, _implementation, _meta in (
+    (f"mean_field({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)", _launch, _fake),
+    (
+        f"mean_field_annealed({_ARGUMENTS}, Tensor colors, float temperature) -> Tensor",
+        _launch_annealed,
+        _fake_annealed,
+    ),
+    (
+        f"mean_field_backward(Tensor grad, Tensor states, {_ARGUMENTS}, bool pairs, bool factors)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _launch_backward,
+        _fake_backward,
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"fastcolor::{_name}", _meta, lib=_library)
+
+# Alone they drop gradients: callers go through the functions above.
+_mean_field = torch.ops.fastcolor.mean_field.default
+_mean_field_annealed = torch.ops.fastcolor.mean_field_annealed.default
+_mean_field_backward = torch.ops.fastcolor.mean_field_backward.default
+
+
+class _MeanField(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, guide, a, b, space, sharpness, prior, *fixed):
+        q, states = _mean_field(logits, guide, a, b, space, sharpness, prior, *fixed, True)
+        ctx.save_for_backward(states, logits, guide, a, b, space, sharpness, prior)
+        ctx.fixed = fixed
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        wanted = ctx.needs_input_grad
+        pairs, factors = wanted[1] or wanted[4] or wanted[5], wanted[2] or wanted[3]
+        grads = _mean_field_backward(grad, *ctx.saved_tensors, *ctx.fixed, pairs, factors)
+        return *(g if w else None for g, w in zip(grads, wanted[:7], strict=True)), *(None for _ in ctx.fixed)
 
 
 class MeanField(nn.Module):
@@ -311,8 +602,7 @@ def annealed_mean(marginals: Tensor, temperature: Scalar = 0.38, bins: ColorBins
         TypeError: marginals are not floating.
     """
     bins = _check_marginals(marginals, bins)
-    if not 0 < _number("temperature", temperature) < math.inf:
-        raise ValueError(f"temperature must be > 0 and finite, got {_number('temperature', temperature)}")
+    _check_temperature(temperature)
     with torch.autocast(marginals.device.type, enabled=False):
         return reference.annealed_mean(marginals, temperature, bins)
 
@@ -483,6 +773,11 @@ def _check_options(options: dict) -> None:
             _check_choice(name, options[name], choices)
     if isinstance(options["similarity"], str):
         _check_choice("similarity", options["similarity"], SIMILARITIES)
+
+
+def _check_temperature(temperature: Scalar) -> None:
+    if not 0 < _number("temperature", temperature) < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {_number('temperature', temperature)}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

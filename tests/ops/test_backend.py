@@ -21,7 +21,7 @@ def without_cpp(monkeypatch):
     """As after an installation without a compiler."""
     monkeypatch.setattr(_backend, "native", lambda module: "No module named 'fastcolor._cpu'")
     _backend._missing.cache_clear()
-    _backend._say_once.cache_clear()
+    _backend.say_once.cache_clear()
     yield
     _backend._missing.cache_clear()
 

@@ -1,5 +1,6 @@
 """The mean field against a naive loop in float64 that shares no code with it, and the rest of its promises."""
 
+import inspect
 import itertools
 import math
 from functools import cache
@@ -7,8 +8,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from helpers import available
 
+import fastcolor
 from fastcolor.bins import ColorBins
+from fastcolor.ops import _backend
 from fastcolor.ops import mean_field as op
 from fastcolor.ops.mean_field import (
     PRESETS,
@@ -160,13 +164,34 @@ def largest(a, b):
     return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
 
 
-def check(logits, guide, similarity="potts", gamma=10.0, bins=None, tolerance=EXACT, **options):
+# Float32 scores err by some 1e-7 of what is summed, and each sweep hands that on.
+TOLERANCE = {torch.float64: EXACT, torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+kernels = available("cpp")
+LARGEST_ERRORS = {}  # backend and test: what was measured, printed by `pytest -rP -k largest_errors`
+
+
+def check(logits, guide, similarity="potts", gamma=10.0, bins=None, tolerance=None, float32_tolerance=None, **options):
+    """Against the naive loop: the reference as it is given, and each kernel in float32 or 16 bits."""
     labels = logits.shape[1]
     named = isinstance(similarity, str)
     s = naive_similarity(similarity, labels, bins, gamma) if named else similarity.numpy()
+    expected = naive_mean_field(logits, guide, s, bins, **options)
     got = mean_field(logits, guide, similarity=similarity, gamma=gamma, bins=bins, **options)
     assert got.dtype == logits.dtype
-    assert largest(got, naive_mean_field(logits, guide, s, bins, **options)) <= tolerance
+    assert largest(got, expected) <= (tolerance or TOLERANCE[logits.dtype])
+    short = logits if logits.dtype != torch.float64 else logits.float()
+    exact = expected if short is logits else naive_mean_field(short, guide.float(), s, bins, **options)
+    similarity = similarity if named else similarity.float()
+    for backend in kernels:
+        with fastcolor.use_backend(backend.name):
+            for u in (short, short.contiguous(memory_format=torch.channels_last)):
+                q = mean_field(u, guide.float(), similarity=similarity, gamma=gamma, bins=bins, **options)
+                assert q.dtype == u.dtype
+                error = largest(q, exact)
+                if u.dtype == torch.float32:
+                    place = backend.name, inspect.stack()[1].function
+                    LARGEST_ERRORS[place] = max(LARGEST_ERRORS.get(place, 0.0), error)
+                assert error <= max(tolerance or 0.0, float32_tolerance or TOLERANCE[u.dtype])
     return got
 
 
@@ -347,7 +372,7 @@ def test_extreme_logits(dtype, tolerance):
     """At 1e4 a float32 score is rounded by up to 5e-4, whoever adds the field to it."""
     logits, guide = problem((1, 5, 5, 3), dtype=dtype)
     logits = 1e4 * logits.sign()
-    check(logits, guide, "gaussian", bins=SMALL, tolerance=tolerance)
+    check(logits, guide, "gaussian", bins=SMALL, tolerance=tolerance, float32_tolerance=5e-4)
     logits[0, :, 2, 1] = 1e4 * torch.tensor([1, 1, -1, -1, 1])
     logits[0, 3, 1] = -math.inf  # forbidden labels
     q = mean_field(logits, guide, similarity="potts", damping=0.5)
@@ -847,9 +872,280 @@ def test_errors_of_the_others(call, error, message):
         call()
 
 
-def test_only_the_reference_backend_so_far():
-    from fastcolor.ops import _backend
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
-    logits, guide = problem((1, 5, 3, 3))
-    with _backend.use_backend("reference"):
+on_kernels = pytest.mark.parametrize("backend", kernels, ids=str)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def relative(fast, exact):
+    return largest(fast, exact) / (exact.abs().max().item() + 1e-3)
+
+
+@pytest.mark.skipif(not kernels, reason="no C++ kernels")
+def test_exp2_bound():
+    """The bound beside exp2_of in simd_body.h: 2.5e-7 relative above 2^-126, 0 below 2^-127, nan stays."""
+    x = -torch.linspace(0, 126, 1 << 22, dtype=torch.float64).float()
+    out = torch.empty_like(x)
+    _backend.native("_cpu").exp2_of(x.data_ptr(), out.data_ptr(), x.numel())
+    exact = x.double().exp2()
+    assert ((out.double() - exact).abs() / exact).max() <= 2.5e-7
+    x = torch.tensor([-126.5, -127.0, -127.6, -1e4, -math.inf, math.nan, 0.0])
+    out = torch.empty_like(x)
+    _backend.native("_cpu").exp2_of(x.data_ptr(), out.data_ptr(), x.numel())
+    assert out[0] < 1e-37 and (out[1:5] == 0).all() and out[5].isnan() and abs(out[6] - 1) <= 2.5e-7
+
+
+@on_kernels
+@pytest.mark.parametrize("labels", [1, 2, 15, 16, 17, 33, 50, 64])
+@pytest.mark.parametrize("width", [1, 3, 16, 37])
+def test_every_tail(backend, labels, width):
+    """Vectors end within labels and within rows; R = K."""
+    logits, guide = problem((2, labels, 4, width), seed=labels)
+    for u in (logits.float(), logits.float().contiguous(memory_format=torch.channels_last)):
+        for s in ("potts", symmetric(labels, scale=0.3)):
+            exact = mean_field(logits, guide, similarity=s, sweeps=2, weight=0.2)
+            with fastcolor.use_backend(backend.name):
+                s = s if isinstance(s, str) else s.float()
+                q = mean_field(u, guide.float(), similarity=s, sweeps=2, weight=0.2)
+            assert largest(q, exact) <= 5e-6
+
+
+@on_kernels
+@pytest.mark.parametrize("schedule, damping, start, neighborhood", [
+    ("parallel", 0.0, "softmax", "square"), ("parallel", 0.3, "uniform", "cross"),
+    ("checkerboard", 0.0, "softmax", "square"), ("checkerboard", 0.4, "uniform", "square"),
+])  # fmt: skip
+@pytest.mark.parametrize("name, bins, shape", [
+    ("quadratic", None, (1, 313, 3, 5)), ("quadratic", SMALL, (2, 5, 4, 19)), ("steps", SMALL_AXES, (2, 8, 5, 7)),
+    ("matrix", SMALL_AXES, (1, 8, 3, 37)), ("pair", None, (1, 21, 5, 7)), ("potts", None, (1, 3, 1, 1)),
+    ("potts", None, (2, 1, 3, 4)),
+], ids=str)  # fmt: skip
+def test_gradients(backend, name, bins, shape, schedule, damping, start, neighborhood):
+    """All of them against the reference in float64, relative to the largest of the kind."""
+    logits, guide = problem(shape, scale=1.5)
+    others, guide_before = problem(shape, seed=4)
+    bins_or_joint = bins if bins is not None or shape[1] != 313 else JOINT
+    parts = [others[:, first:last].softmax(1) for first, last, _ in axes_of(bins_or_joint, shape[1])]
+    scalars = [torch.tensor(v, dtype=torch.float64) for v in (0.3, 1.7, 20.0, 0.5, 30.0)]
+    labels = shape[1]
+    factors = {"matrix": [symmetric(labels)], "pair": [0.5 * symmetric(labels)[:, :2], symmetric(labels)[:, 2:4]]}
+    inputs = [logits, guide, torch.cat(parts, 1), guide + 0.2 * guide_before, *scalars, *factors.get(name, [])]
+    upstream = torch.randn(shape, dtype=torch.float64)
+
+    def gradients(tensors):
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        u, g, q_before, g_before, weight, sigma_space, sigma_light, weight_time, sigma_time, *s = tensors
+        chosen = {"matrix": lambda: (s[0] + s[0].T) / 2, "pair": lambda: tuple(s)}.get(name, lambda: name)()
+        q = mean_field(
+            u, g, similarity=chosen, bins=bins, gamma=30.0, radius=2, sweeps=3, schedule=schedule, damping=damping,
+            start=start, neighborhood=neighborhood, weight=weight, sigma_space=sigma_space, sigma_light=sigma_light,
+            previous=(q_before, g_before), weight_time=weight_time, sigma_time=sigma_time,
+        )  # fmt: skip
+        (q * upstream.to(q)).sum().backward()
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors]
+
+    exact = gradients(inputs)
+    inputs = [x.float() for x in inputs]
+    with fastcolor.use_backend("reference"):
+        plain = gradients(inputs)
+    for layout in LAYOUTS:
+        inputs[0] = inputs[0].contiguous(memory_format=layout)
+        with fastcolor.use_backend(backend.name):
+            fast = gradients(inputs)
+        for f, p, e in zip(fast, plain, exact, strict=True):
+            # sums over pixels that nearly cancel err in the reference too
+            assert f.shape == e.shape and relative(f, e) <= max(5e-6, 10 * relative(p, e))
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype, step", [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
+def test_gradients_in_16_bits(backend, dtype, step):
+    logits, guide = problem((2, 21, 5, 7), dtype=dtype)
+    upstream = torch.randn(logits.shape).to(dtype)
+    pair = (0.5 * symmetric(21)[:, :2], symmetric(21)[:, 2:4])
+    grads = []
+    for name, cast in ((backend.name, lambda x: x), ("reference", lambda x: x.double())):
+        u = cast(logits).detach().requires_grad_()
+        with fastcolor.use_backend(name):
+            q = mean_field(u, cast(guide), similarity=pair, weight=0.3)
+            q.backward(cast(upstream))
+        grads.append(u.grad)
+    assert grads[0].dtype == dtype and relative(*grads) <= step
+
+
+@on_kernels
+@pytest.mark.parametrize("bins, name", [(JOINT, "quadratic"), (SEPARABLE, "steps"), (SMALL, "potts")], ids=str)
+@pytest.mark.parametrize("temperature", [0.05, 0.38, 1.0, 3.0])
+def test_annealed_mean_of_the_last_sweep(backend, temperature, bins, name):
+    logits, guide = problem((2, bins.count, 4, 5))
+    options = {"bins": bins, "similarity": name, "weight": 0.1}
+    for sweeps, schedule, start in (
+        (0, "parallel", "softmax"),
+        (2, "parallel", "uniform"),
+        (2, "checkerboard", "softmax"),
+    ):
+        options |= {"sweeps": sweeps, "schedule": schedule, "start": start}
+        exact = annealed_mean(mean_field(logits, guide, **options), temperature, bins)
+        assert largest(op.mean_field_annealed(logits, guide, temperature=temperature, **options), exact) == 0
+        for layout in LAYOUTS:
+            u = logits.float().contiguous(memory_format=layout)
+            with fastcolor.use_backend(backend.name):
+                ab = op.mean_field_annealed(u, guide.float(), temperature=temperature, **options)
+            assert ab.dtype == torch.float32 and largest(ab, exact) <= 2e-3 / min(temperature, 1)
+    with fastcolor.use_backend(backend.name):
+        u = logits.float().requires_grad_()
+        op.mean_field_annealed(u, guide.float(), temperature=temperature, **options).sum().backward()
+        assert u.grad.abs().max() > 0
+        with pytest.raises(ValueError, match="temperature must be > 0 and finite, got 0"):
+            op.mean_field_annealed(u, guide.float(), temperature=0, **options)
+    with pytest.raises(ValueError, match="annealed mean needs the colours of the labels: bins with K = 3"):
+        op.mean_field_annealed(logits[:, :3], guide, similarity="potts")
+
+
+@on_kernels
+def test_nan_and_forbidden_labels_on_kernels(backend):
+    logits, guide = (x.float() for x in problem((1, 19, 9, 9)))
+    logits[0, 3] = -math.inf
+    logits[0, 1, 4, 4] = math.nan
+    for layout in LAYOUTS:
+        with fastcolor.use_backend(backend.name):
+            q = mean_field(logits.contiguous(memory_format=layout), guide, similarity="potts", radius=1, sweeps=2)
+        bad = q.isnan().any(1)[0]
+        expected = torch.zeros(9, 9, dtype=torch.bool)
+        expected[2:7, 2:7] = True
+        assert torch.equal(bad, expected)
+        assert (q[0, 3][~bad] == 0).all()
+        u = logits.nan_to_num(0.0, None, -math.inf).contiguous(memory_format=layout).requires_grad_()
+        with fastcolor.use_backend(backend.name):
+            q = mean_field(u, guide, similarity="potts", start="uniform", damping=0.2)
+        q[:, 0].sum().backward()
+        assert q.isfinite().all() and u.grad.isfinite().all()
+
+
+@on_kernels
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_threads_change_nothing(backend, batch):
+    """Columns of one image, or whole images, to each thread: the same numbers (sums of gradients up to their order)."""
+    logits, guide = (x.float() for x in problem((batch, 21, 7, 75)))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for layout in LAYOUTS:
+            for schedule in op.SCHEDULES:
+                u, g = (x.clone(memory_format=layout).requires_grad_() for x in (logits, guide))
+                pair = [symmetric(21)[:, :2].float().requires_grad_() for _ in "ab"]
+                with fastcolor.use_backend(backend.name):
+                    q = mean_field(u, g, similarity=tuple(pair), weight=0.2, schedule=schedule)
+                    q[:, ::2].square().sum().backward()
+                results.append((q.detach(), u.grad, g.grad, *(x.grad for x in pair)))
+    for other, first in zip(results[4:], results[:4] * 2, strict=True):
+        for x, y in zip(other[:3], first[:3], strict=True):
+            assert torch.equal(x, y)
+        for x, y in zip(other[3:], first[3:], strict=True):
+            assert relative(x, y) <= 1e-5
+
+
+@on_kernels
+def test_empty_on_kernels(backend):
+    for shape in ((0, 5, 4, 3), (2, 5, 0, 3), (2, 5, 4, 0)):
+        u, g = torch.empty(shape, requires_grad=True), torch.empty(shape[0], 1, *shape[2:])
+        with fastcolor.use_backend(backend.name):
+            mean_field(u, g, bins=SMALL).sum().backward()
+            assert op.mean_field_annealed(u.detach(), g, bins=SMALL).shape == (shape[0], 2, *shape[2:])
+        assert u.grad.shape == shape
+
+
+def op_arguments(u, guide, rank=2):
+    labels = u.shape[1]
+    around = reference.offsets("square", 1, 1, *u.shape[2:])
+    a, b = (0.3 * symmetric(max(labels, rank))[:labels, :rank].float() for _ in "ab")
+    space = torch.full((len(around),), 0.2)
+    prior = torch.rand(u.shape[0], rank, *u.shape[2:])
+    return (
+        u, guide, a, b, space, torch.tensor(0.1), prior, [dy for dy, _ in around], [dx for _, dx in around], [labels],
+        2, False, 0.1, False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not kernels, reason="no C++ kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["planes", "labels_last", "permuted"])
+def test_opcheck(layout, dtype):
+    u, guide = problem((2, 5, 4, 6), dtype=dtype)
+    guide = guide.float()
+    if layout == "labels_last":
+        u = u.contiguous(memory_format=torch.channels_last)
+    elif layout == "permuted":
+        u = u.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    arguments = op_arguments(u, guide)
+    ops = torch.ops.fastcolor
+    torch.library.opcheck(ops.mean_field.default, (*arguments, False))
+    torch.library.opcheck(ops.mean_field.default, (*arguments, True))
+    torch.library.opcheck(ops.mean_field_annealed.default, (*arguments, torch.rand(5, 2), 0.5))
+    _, states = ops.mean_field(*arguments, True)
+    grad = torch.randn(u.shape, dtype=dtype)
+    for wanted in itertools.product([False, True], repeat=2):
+        torch.library.opcheck(ops.mean_field_backward.default, (grad, states, *arguments, *wanted))
+
+
+@pytest.mark.skipif(not kernels, reason="no C++ kernels")
+@pytest.mark.parametrize("sweeps, checkerboard, rank, width", [(0, False, 1, 1), (3, True, 5, 17), (2, False, 7, 200)])
+def test_state_size(sweeps, checkerboard, rank, width):
+    """Python and C++ agree on it, and neither counts in 32 bits."""
+    for height in (3, 1 << 22):
+        dx = torch.tensor([-3, 0, 3])
+        native = _backend.native("_cpu").MeanFieldProblem(
+            0, 0, False, 2, 9, height, width, 1, 0, rank, 0, 0, 0, 3, 0, dx.data_ptr(), 0, 1.0, 0, sweeps,
+            checkerboard, 0.0, False, 1,
+        )  # fmt: skip
+        fixed = op._Fixed([0, 0, 0], dx.tolist(), [9], sweeps, checkerboard, 0.0, False)
+        size = op._state_size((2, 9, height, width), rank, fixed)
+        assert size == _backend.native("_cpu").mean_field_state_size(native)
+    assert size >= 2 * (1 << 22) * 2 * width
+
+
+@on_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_to_one_graph_on_kernels(backend, layout):
+    logits, guide = (x.float() for x in problem((1, 5, 4, 6)))
+    field = MeanField(SMALL, similarity=symmetric(5).float(), learn=MeanField.LEARNABLE, sweeps=2, weight=0.3)
+    results = []
+    for run in (field, torch.compile(field, fullgraph=True, backend="aot_eager")):
+        u = logits.contiguous(memory_format=layout).clone().requires_grad_()
+        field.zero_grad()
+        with fastcolor.use_backend(backend.name):
+            q = run(u, guide, (logits.softmax(1), guide + 3))
+            q[:, 0].sum().backward()
+        results.append([q.detach(), u.grad, *(p.grad.clone() for p in field.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative(compiled, eager) <= 1e-5
+
+
+@on_kernels
+def test_what_kernels_do_not_take(backend, caplog):
+    logits, guide = problem((1, 80, 2, 3))
+    with fastcolor.use_backend(backend.name):
+        with pytest.raises(fastcolor.BackendError, match="'cpp': float64 is computed on the reference"):
+            mean_field(logits, guide, similarity="potts")
+        with pytest.raises(fastcolor.BackendError, match="the similarity has 80 columns, kernels take up to 64"):
+            mean_field(logits.float(), guide, similarity="potts")
+    with fastcolor.use_backend(backend.name, "reference"):
+        q = mean_field(logits, guide, similarity="potts")
+    _backend.say_once.cache_clear()
+    with caplog.at_level("WARNING", "fastcolor"):
+        for _ in range(2):
+            assert largest(mean_field(logits.float(), guide.float(), similarity="potts"), q) <= 5e-6
+    assert len(caplog.records) == 1 and "runs on the reference backend: the similarity has 80 columns" in caplog.text
+
+
+def test_reference_when_asked_for():
+    logits, guide = (x.float() for x in problem((1, 5, 3, 3)))
+    with fastcolor.use_backend("reference"):
         assert largest(mean_field(logits, guide, bins=SMALL), reference.mean_field(logits, guide, bins=SMALL)) == 0
+
+
+def test_largest_errors():
+    """What the checks above measured in float32, for a report: `pytest -rP -k "..."` shows it."""
+    for (backend, test), error in sorted(LARGEST_ERRORS.items()):
+        print(f"{backend} {test}: {error:.2g}")

@@ -1,0 +1,118 @@
+// Vectors of FC_LANES floats. No include guard: included once for each instruction set, inside a namespace and under
+// `#pragma GCC target`, so that a template over them is compiled for each. A .cpp file includes <cstring> and, on x86,
+// <immintrin.h> first.
+
+constexpr int kLanes = FC_LANES;
+typedef float V __attribute__((vector_size(4 * FC_LANES)));
+typedef int32_t I __attribute__((vector_size(4 * FC_LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * FC_LANES)));
+typedef uint16_t S __attribute__((vector_size(2 * FC_LANES)));
+
+FC_INLINE V splat(float x) { return x - V{}; }
+
+FC_INLINE V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FC_INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+// bfloat16 is the upper half of a float32.
+FC_INLINE V load(const BFloat16* p) {
+  S s;
+  memcpy(&s, p, sizeof s);
+  return (V)(__builtin_convertvector(s, U) << 16);
+}
+FC_INLINE void store(BFloat16* p, V v) {
+  const U bits = (U)v;
+  const U even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const S s = __builtin_convertvector(v == v ? even : U{} + 0x7fc0, S);
+  memcpy(p, &s, sizeof s);
+}
+
+#if FC_LANES == 16
+FC_INLINE V load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+FC_INLINE void store(Float16* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+FC_INLINE V maximum(V a, V b) { return _mm512_max_ps(a, b); }
+#elif FC_LANES == 8
+FC_INLINE V load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+FC_INLINE void store(Float16* p, V v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+FC_INLINE V maximum(V a, V b) { return _mm256_max_ps(a, b); }
+#else
+// float16 without hardware for it: the exponent is moved by a multiplication, which also takes care of subnormals.
+FC_INLINE V load(const Float16* p) {
+  S s;
+  memcpy(&s, p, sizeof s);
+  const U h = __builtin_convertvector(s, U);
+  const U magnitude = h & 0x7fff;
+  const U finite = (U)((V)(magnitude << 13) * 0x1p112f);
+  const U wide = (I)magnitude >= 0x7c00 ? finite | 0x7f800000 : finite;
+  return (V)(wide | ((h & 0x8000) << 16));
+}
+FC_INLINE void store(Float16* p, V v) {
+  const U bits = (U)v, magnitude = bits & 0x7fffffff;
+  // adding 2^-14 · 2^13 units rounds a subnormal in the float32 adder
+  const U subnormal = (U)((V)magnitude + 0.5f) - 0x3f000000;
+  const U normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  U h = (I)magnitude < 0x38800000 ? subnormal : normal;
+  h = (I)magnitude >= 0x47800000 ? ((I)magnitude > 0x7f800000 ? U{} + 0x7e00 : U{} + 0x7c00) : h;
+  const S s = __builtin_convertvector(h | ((bits >> 16) & 0x8000), S);
+  memcpy(p, &s, sizeof s);
+}
+// a > b ? a : b, so that a nan in b stays and one in a goes: the order of the x86 instruction
+FC_INLINE V maximum(V a, V b) { return a > b ? a : b; }
+#endif
+
+// The first n of kLanes values; the others are `rest`.
+template <typename T>
+FC_INLINE V load_some(const T* p, int64_t n, float rest) {
+  T all[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) all[i] = p[i];
+  float wide[kLanes];
+  store(wide, load(all));
+  for (int64_t i = n; i < kLanes; ++i) wide[i] = rest;
+  return load(wide);
+}
+
+// Stores lanes [from, from + n) at p.
+template <typename T>
+FC_INLINE void store_some(T* p, V v, int64_t from, int64_t n) {
+  T all[kLanes];
+  store(all, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = all[from + i];
+}
+
+#if FC_LANES == 16
+FC_INLINE float sum(V v) { return _mm512_reduce_add_ps(v); }
+FC_INLINE float largest(V v) { return _mm512_reduce_max_ps(v); }
+#else
+FC_INLINE float sum(V v) {
+#if FC_LANES == 8
+  typedef float H __attribute__((vector_size(16)));
+  const H h = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  const V h = v;
+#endif
+  return (h[0] + h[2]) + (h[1] + h[3]);
+}
+FC_INLINE float largest(V v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+#endif
+
+// 2^x for x <= 0; 0 below -127, and nan stays. Max relative error 2.5e-7 above -126 (test_mean_field.py: test_exp2_bound).
+FC_INLINE V exp2_of(V x) {
+  const V magic = splat(12582912.0f + 127.0f);  // 1.5 · 2^23: what is added to it is rounded to an integer
+  x = maximum(splat(-127.0f), x);
+  const V z = x + magic;
+  const V f = x - (z - magic);
+  V e = splat(0.00132764516f);
+  e = e * f + 0.00967554117f;
+  e = e * f + 0.0555071334f;
+  e = e * f + 0.240221197f;
+  e = e * f + 0.693146967f;
+  e = e * f + 1.00000007f;
+  return e * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
+}
