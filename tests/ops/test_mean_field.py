@@ -408,6 +408,38 @@ def test_input_is_left_alone():
     assert torch.equal(logits, copies[0]) and torch.equal(guide, copies[1])
 
 
+# ---- against pydensecrf ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight, sigma_space, sigma_light", [(0.05, 4.0, 10.0), (0.1, 6.0, 20.0), (0.02, 8.0, 10.0)])
+def test_pydensecrf(weight, sigma_space, sigma_light):
+    """Potts labels on 16×16 pixels with a window over all of them.
+
+    Its lattice gives about half of the Gaussian's sum (unnormalized, it is not calibrated), takes the pixel itself as a
+    neighbour, and errs by some percent: so the field agrees at half the weight, up to those.
+    """
+    densecrf = pytest.importorskip("pydensecrf.densecrf")
+    labels, n = 5, 16
+    logits = problem((1, labels, n, n), scale=1.5, dtype=torch.float32)[0]
+    coarse = torch.rand(1, 1, 4, 4) * 255
+    guide = torch.nn.functional.interpolate(coarse, size=(n, n)) + 5 * torch.randn(1, 1, n, n)
+    guide = guide.round().clamp(0, 255)
+    crf = densecrf.DenseCRF2D(n, n, labels)
+    crf.setUnaryEnergy(np.ascontiguousarray(-logits[0].reshape(labels, -1).numpy()))
+    crf.addPairwiseBilateral(
+        sxy=sigma_space, srgb=sigma_light * 3**0.5, compat=weight, normalization=densecrf.NO_NORMALIZATION,
+        rgbim=np.ascontiguousarray(guide[0, 0, :, :, None].expand(n, n, 3).byte().numpy()),
+    )  # fmt: skip
+    lattice = torch.from_numpy(np.asarray(crf.inference(5))).reshape(1, labels, n, n)
+    q = mean_field(
+        logits, guide, similarity="potts", radius=n - 1, sigma_space=sigma_space, sigma_light=sigma_light,
+        weight=weight / 2,
+    )  # fmt: skip
+    assert (q.argmax(1) == lattice.argmax(1)).float().mean() >= 0.98
+    assert largest(q, lattice) <= 0.05
+    assert largest(lattice, logits.softmax(1)) > 2 * largest(q, lattice)
+
+
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
