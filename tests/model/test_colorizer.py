@@ -177,7 +177,6 @@ def test_bad_options(options, message):
         Colorizer(checkpoint(), "cpu", **options)
 
 
-@pytest.mark.skipif(not BUNDLED.exists(), reason="no bundled weights in this tree")
 def test_bundled_weights_colour_a_path(tmp_path):
     """from_pretrained works offline, from a path, and gives colour."""
     pyvips = pytest.importorskip("pyvips")
