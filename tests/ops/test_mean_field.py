@@ -417,8 +417,7 @@ def test_pydensecrf(weight, sigma_space, sigma_light):
 
     The factor of one half on our weight was chosen from a scan of five, on these parameters: at equal weight, argmax
     agreed on 93 to 100 % and marginals differed by up to 0.17. An uncalibrated amplitude of the lattice
-    would explain it; that is
-    not verified.
+    would explain it; that is not verified.
     """
     densecrf = pytest.importorskip("pydensecrf.densecrf")
     labels, n = 5, 16
