@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastcolor.bins import ColorBins
+from fastcolor.kernels.field import Gradients, Problem
 from fastcolor.ops import _backend
 from fastcolor.reference import mean_field as reference
 from fastcolor.reference.mean_field import LabelFactors, Scalar, Similarity
 
-_backend.offer("mean_field", "cpp")
+_backend.offer("mean_field", "cuda", "triton", "cpp")
 
 _STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/cpu/mean_field.h
 _LARGEST = torch.finfo(torch.float32).max
@@ -179,10 +181,11 @@ def _run(logits: Tensor, guide: Tensor, options: dict, temperature: Scalar | Non
     _check_labels("logits", labels, options["bins"])
     _check_similarity(options["similarity"], labels, options["bins"])
     with torch.autocast(logits.device.type, enabled=False):  # its matrix products would run in 16 bits
-        if _chosen(logits.device, _backend.forced()) != "reference":
-            factors = _factors(labels, options)
+        backend = _chosen(logits.device, _backend.forced())
+        if backend != "reference":
+            factors = _factors(labels, options, logits.device)
             if not _left_to_reference(logits, factors[0].shape[1]):
-                return _on_kernels(logits, guide, factors, options, temperature)
+                return _on_kernels(backend, logits, guide, factors, options, temperature)
         q = reference.mean_field(logits, guide, **options)
         return q if temperature is None else reference.annealed_mean(q, temperature, options["bins"])
 
@@ -212,11 +215,21 @@ def _left_to_reference(logits: Tensor, columns: int) -> bool:
     return True
 
 
-def _factors(labels: int, options: dict) -> tuple[Tensor, Tensor]:
+def _factors(labels: int, options: dict, device: torch.device) -> tuple[Tensor, Tensor]:
     """A and B [K, R] in float32."""
-    names = ("similarity", "bins", "gamma", "tolerance")
-    similarity, bins, gamma, tolerance = (options[name] for name in names)
-    factors = reference.label_factors(similarity, labels, bins, gamma, tolerance, dtype=torch.float32)
+    similarity, *rest = (options[name] for name in ("similarity", "bins", "gamma", "tolerance"))
+    if isinstance(similarity, str) and not torch.compiler.is_compiling():
+        return _named_factors(similarity, labels, *rest, device)
+    factors = reference.label_factors(similarity, labels, *rest, dtype=torch.float32, device=device)
+    return factors.a, factors.b
+
+
+@lru_cache(maxsize=32)
+def _named_factors(similarity: str, labels: int, bins, gamma, tolerance, device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # else what is made in inference mode could not be used in training
+        factors = reference.label_factors(
+            similarity, labels, bins, gamma, tolerance, dtype=torch.float32, device=device
+        )
     return factors.a, factors.b
 
 
@@ -230,10 +243,16 @@ class _Fixed(NamedTuple):
     checkerboard: bool
     damping: float
     uniform: bool
+    backend: str  # of forward and backward, which may come when another one is asked for
 
 
 def _on_kernels(
-    logits: Tensor, guide: Tensor, factors: tuple[Tensor, Tensor], options: dict, temperature: Scalar | None
+    backend: str,
+    logits: Tensor,
+    guide: Tensor,
+    factors: tuple[Tensor, Tensor],
+    options: dict,
+    temperature: Scalar | None,
 ) -> Tensor:
     """Weights and factors become small tensors here, in PyTorch, so that autograd reaches what they are made of."""
     labels, height, width = logits.shape[1:]
@@ -254,6 +273,7 @@ def _on_kernels(
         options["schedule"] == "checkerboard",
         float(options["damping"]),
         options["start"] == "uniform",
+        backend,
     )
     scalars = (temperature,) if isinstance(temperature, Tensor) else ()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *scalars)):
@@ -261,7 +281,7 @@ def _on_kernels(
         return q if temperature is None else reference.annealed_mean(q, temperature, bins)
     if temperature is None:
         return _mean_field(*tensors, *fixed, False)[0]
-    return _mean_field_annealed(*tensors, *fixed, _colors(bins), float(temperature))
+    return _mean_field_annealed(*tensors, *fixed, _colors(bins, logits.device), float(temperature))
 
 
 def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,14 +300,14 @@ def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> t
     return space, like.new_tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32)
 
 
-def _colors(bins: ColorBins) -> Tensor:
+def _colors(bins: ColorBins, device: torch.device) -> Tensor:
     """[K, 2]: the ab of each label, 0 on the axis that is not its own."""
-    colors = torch.zeros(bins.count, 2)
+    colors = torch.zeros(bins.count, 2, device=device)
     for axis, (place, centers) in enumerate(bins.groups()):
         if bins.kind == "joint":
-            colors[place] = centers.float()
+            colors[place] = centers.to(colors)
         else:
-            colors[place, axis] = centers[:, 0].float()
+            colors[place, axis] = centers[:, 0].to(colors)
     return colors
 
 
@@ -308,56 +328,89 @@ def _empty_like(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.new_empty(logits.shape, dtype=dtype)
 
 
-def _state_size(shape: torch.Size, columns: int, fixed: _Fixed) -> int:
-    """Floats of the states that the backward needs, as kernels/cpu/mean_field.cpp lays them out."""
-    batch, _, height, width = shape
+def _state_size(logits: Tensor, columns: int, fixed: _Fixed) -> int:
+    """Floats of the states that the backward needs: H and F of the start and of each update."""
+    batch, _, height, width = logits.shape
     updates = fixed.sweeps * (2 if fixed.checkerboard else 1)
+    if fixed.backend != "cpp":
+        return batch * (updates + 1) * 2 * columns * height * width
+    # as kernels/cpu/mean_field.cpp lays them out
     padded = min(-(-columns // 3) * 3, -(-columns // 4) * 4)
     stride = (width + 2 * max((abs(d) for d in fixed.dx), default=0) + 31) // 16 * 16
     return batch * (updates + 1) * 2 * height * padded * stride
 
 
-class _Problem:
+def _problem(logits, guide, a, b, space, sharpness, prior, fixed: _Fixed) -> Problem:
+    plain = [None if x is None else x.float().contiguous() for x in (guide, a, b, space, sharpness, prior)]
+    return Problem(_as_read(logits), _labels_last(logits), *plain, *fixed[:-1])
+
+
+class _Native:
     """The arguments of a C++ kernel, and the tensors whose addresses it has."""
 
-    def __init__(self, logits, guide, a, b, space, sharpness, prior, fixed: _Fixed):
+    def __init__(self, problem: Problem):
+        logits, a, b, guide, space, prior = (
+            getattr(problem, name) for name in ("logits", "a", "b", "guide", "space", "prior")
+        )
         batch, labels, height, width = logits.shape
-        self.logits = _as_read(logits)
-        plain = [None if x is None else x.float().contiguous() for x in (a, b, guide, space, prior)]
-        whole = [torch.tensor(x, dtype=torch.int64) for x in (fixed.counts, fixed.dy, fixed.dx)]
-        a, b, guide, space, prior = (0 if x is None else x.data_ptr() for x in plain)
+        whole = [torch.tensor(x, dtype=torch.int64) for x in (problem.counts, problem.dy, problem.dx)]
         counts, dy, dx = (x.data_ptr() for x in whole)
-        self.kept = plain, whole
-        self.native = _backend.native("_cpu").MeanFieldProblem(
-            self.logits.data_ptr(), _STORAGE[logits.dtype], _labels_last(logits), batch, labels, height, width,
-            len(fixed.counts), counts, plain[0].shape[1], a, b, guide, len(fixed.dy), dy, dx, space,
-            sharpness.item(), prior, fixed.sweeps, fixed.checkerboard, fixed.damping, fixed.uniform,
-            torch.get_num_threads(),
+        self.kept = problem, whole
+        self.problem = _backend.native("_cpu").MeanFieldProblem(
+            logits.data_ptr(), _STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
+            len(problem.counts), counts, a.shape[1], a.data_ptr(), b.data_ptr(), guide.data_ptr(), len(problem.dy),
+            dy, dx, space.data_ptr(), problem.sharpness.item(), _address(prior), problem.sweeps,
+            problem.checkerboard, problem.damping, problem.uniform, torch.get_num_threads(),
         )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _forward_on_cpp(problem: Problem, marginals, colors, temperature, ab, states) -> None:
+    native = _Native(problem)
+    _backend.native("_cpu").mean_field(
+        native.problem, _address(marginals), _address(colors), temperature, _address(ab), _address(states)
+    )
+
+
+def _backward_on_cpp(problem: Problem, grad: Tensor, states: Tensor, to: Gradients) -> None:
+    native, addresses = _Native(problem), [_address(x) for x in to]
+    _backend.native("_cpu").mean_field_backward(native.problem, grad.data_ptr(), states.data_ptr(), *addresses)
+
+
+def _kernels(problem: Problem, backend: str):
+    """The forward and the backward function of a backend; their arguments are those of kernels/triton/mean_field.py."""
+    if backend == "cpp":
+        return _forward_on_cpp, _backward_on_cpp
+    from fastcolor.kernels.triton import mean_field as triton_mean_field  # triton is optional
+
+    return triton_mean_field.mean_field, triton_mean_field.mean_field_backward
 
 
 def _launch(logits, guide, a, b, space, sharpness, prior, *rest):
     *fixed, keep = rest
     fixed = _Fixed(*fixed)
-    problem = _Problem(logits, guide, a, b, space, sharpness, prior, fixed)
+    problem = _problem(logits, guide, a, b, space, sharpness, prior, fixed)
     q = _empty_like(logits, logits.dtype)
-    states = torch.zeros(_state_size(logits.shape, a.shape[1], fixed) if keep else 0)
-    _backend.native("_cpu").mean_field(problem.native, q.data_ptr(), 0, 1.0, 0, states.data_ptr())
+    states = torch.zeros(_state_size(logits, a.shape[1], fixed) if keep else 0, device=logits.device)
+    _kernels(problem, fixed.backend)[0](problem, q, None, 1.0, None, states if keep else None)
     return q, states
 
 
 def _fake(logits, guide, a, b, space, sharpness, prior, *rest):
     *fixed, keep = rest
-    size = _state_size(logits.shape, a.shape[1], _Fixed(*fixed)) if keep else 0
+    size = _state_size(logits, a.shape[1], _Fixed(*fixed)) if keep else 0
     return _empty_like(logits, logits.dtype), logits.new_empty(size, dtype=torch.float32)
 
 
 def _launch_annealed(logits, guide, a, b, space, sharpness, prior, *rest):
     *fixed, colors, temperature = rest
-    problem = _Problem(logits, guide, a, b, space, sharpness, prior, _Fixed(*fixed))
+    fixed = _Fixed(*fixed)
+    problem = _problem(logits, guide, a, b, space, sharpness, prior, fixed)
     ab = _fake_annealed(logits)
-    colors = colors.float().contiguous()
-    _backend.native("_cpu").mean_field(problem.native, 0, colors.data_ptr(), temperature, ab.data_ptr(), 0)
+    _kernels(problem, fixed.backend)[0](problem, None, colors.float().contiguous(), temperature, ab, None)
     return ab
 
 
@@ -368,19 +421,26 @@ def _fake_annealed(logits, *_):
 
 def _launch_backward(grad, states, logits, guide, a, b, space, sharpness, prior, *rest):
     *fixed, pairs, factors = rest
-    problem = _Problem(logits, guide, a, b, space, sharpness, prior, _Fixed(*fixed))
+    fixed = _Fixed(*fixed)
+    problem = _problem(logits, guide, a, b, space, sharpness, prior, fixed)
     grad = grad.to(logits.dtype)
     if _labels_last(logits):
         grad = grad.movedim(1, -1)
     grad = grad.contiguous()  # in memory as the logits are
     wide = _empty_like(logits, torch.float32)
     of = (guide, a, b, space, sharpness, logits.new_empty(0) if prior is None else prior)
-    sums = [torch.zeros(x.shape) for x in of]  # the kernel adds to them
-    grad_guide, grad_a, grad_b, grad_space, grad_sharpness, grad_prior = (x.data_ptr() for x in sums)
-    _backend.native("_cpu").mean_field_backward(
-        problem.native, grad.data_ptr(), states.data_ptr(), wide.data_ptr(), grad_a if factors else 0, grad_b,
-        grad_guide if pairs else 0, grad_space, grad_sharpness, grad_prior if prior is not None else 0,
-    )  # fmt: skip
+    sums = [torch.zeros(x.shape, device=logits.device) for x in of]  # the kernel adds to them
+    to_guide, to_a, to_b, to_space, to_sharpness, to_prior = sums
+    to = Gradients(
+        wide,
+        to_a if factors else None,
+        to_b if factors else None,
+        to_guide if pairs else None,
+        to_space if pairs else None,
+        to_sharpness if pairs else None,
+        None if prior is None else to_prior,
+    )
+    _kernels(problem, fixed.backend)[1](problem, grad, states, to)
     return wide.to(logits.dtype), *(s.to(x.dtype) for s, x in zip(sums, of, strict=True))
 
 
@@ -392,7 +452,7 @@ def _fake_backward(grad, states, logits, guide, a, b, space, sharpness, prior, *
 
 _ARGUMENTS = (
     "Tensor logits, Tensor guide, Tensor a, Tensor b, Tensor space, Tensor sharpness, Tensor? prior, "
-    "int[] dy, int[] dx, int[] counts, int sweeps, bool checkerboard, float damping, bool uniform"
+    "int[] dy, int[] dx, int[] counts, int sweeps, bool checkerboard, float damping, bool uniform, str backend"
 )
 _library = torch.library.Library("fastcolor", "FRAGMENT")
 for _schema, _implementation, _meta in (
@@ -411,7 +471,8 @@ for _schema, _implementation, _meta in (
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    _library.impl(_name, _implementation, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _device)
     torch.library.register_fake(f"fastcolor::{_name}", _meta, lib=_library)
 
 # Alone they drop gradients: callers go through the functions above.

@@ -1097,7 +1097,7 @@ def op_arguments(u, guide, rank=2):
     prior = torch.rand(u.shape[0], rank, *u.shape[2:])
     return (
         u, guide, a, b, space, torch.tensor(0.1), prior, [dy for dy, _ in around], [dx for _, dx in around], [labels],
-        2, False, 0.1, False,
+        2, False, 0.1, False, "cpp",
     )  # fmt: skip
 
 
@@ -1132,8 +1132,8 @@ def test_state_size(sweeps, checkerboard, rank, width):
             0, 0, False, 2, 9, height, width, 1, 0, rank, 0, 0, 0, 3, 0, dx.data_ptr(), 0, 1.0, 0, sweeps,
             checkerboard, 0.0, False, 1,
         )  # fmt: skip
-        fixed = op._Fixed([0, 0, 0], dx.tolist(), [9], sweeps, checkerboard, 0.0, False)
-        size = op._state_size((2, 9, height, width), rank, fixed)
+        fixed = op._Fixed([0, 0, 0], dx.tolist(), [9], sweeps, checkerboard, 0.0, False, "cpp")
+        size = op._state_size(torch.empty((2, 9, height, width), device="meta"), rank, fixed)
         assert size == _backend.native("_cpu").mean_field_state_size(native)
     assert size >= 2 * (1 << 22) * 2 * width
 
