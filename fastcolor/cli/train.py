@@ -79,6 +79,7 @@ def train(
     """
     import torch
 
+    from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
     from fastcolor.ops._backend import BackendError
     from fastcolor.training.config import ConfigError
@@ -87,7 +88,8 @@ def train(
     from fastcolor.training.loop import train as run
 
     expected = (
-        ConfigError, DataError, TrainingError, DeviceError, BackendError, ImportError, OSError, torch.OutOfMemoryError
+        ConfigError, DataError, TrainingError, CheckpointError, DeviceError, BackendError, ImportError, OSError,
+        torch.OutOfMemoryError,
     )  # fmt: skip
     with ProgressReporter() as reporter:
         try:

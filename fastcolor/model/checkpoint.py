@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcolor._files import atomic_path
+from fastcolor.model.field import check_field_options
 from fastcolor.model.network import ColorNetwork, NetworkConfig
 
 FORMAT = 1
@@ -24,11 +25,13 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Checkpoint:
-    """A network and what belongs to it: the label prior of its training set, and notes on the training (plain JSON)."""
+    """A network and what belongs to it: the label prior of its training set, the mean field that was trained with it
+    (options of `mean_field`; empty where none was), and notes on the training (plain JSON)."""
 
     network: ColorNetwork
     prior: Tensor | None = None  # [K] float64, sums to the number of label axes
     notes: dict = field(default_factory=dict)
+    mrf: dict = field(default_factory=dict)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
@@ -42,6 +45,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
     if checkpoint.prior is not None:
         tensors[_PRIOR] = checkpoint.prior.detach().cpu().float().contiguous()
     header = {"format": FORMAT, "network": checkpoint.network.config.to_dict(), "notes": checkpoint.notes}
+    if checkpoint.mrf:
+        header["mrf"] = checkpoint.mrf
     try:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
@@ -69,6 +74,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         network = ColorNetwork(NetworkConfig.from_dict(header["network"]))
+        options = check_field_options(header.get("mrf", {}))
     except CheckpointError:
         raise
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -86,4 +92,4 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         raise CheckpointError(f"{path}: its weights do not fit its configuration ({error})") from error
     if prior is not None and prior.shape != (network.config.bins.count,):
         raise CheckpointError(f"{path}: its prior has shape {list(prior.shape)}, not [{network.config.bins.count}]")
-    return Checkpoint(network.to(device).eval(), prior, header.get("notes", {}))
+    return Checkpoint(network.to(device).eval(), prior, header.get("notes", {}), options)

@@ -32,6 +32,10 @@ class TrainConfig:
     rebalance: float = _option(
         0.0, "class weights w ∝ (λ p̃ + (1 − λ)/Q)^−1: 0 none, 0.5 those of Zhang et al. 2016, 1 inverse frequency"
     )
+    mrf_sweeps: int = _option(
+        0, "sweeps of the mean field between network and loss, trained together; 0 trains the network alone"
+    )
+    init: str = _option("", "weights to start from (a model.safetensors of the same head and bins); empty: random")
     crop: float = _option(0.4, "smallest share of the picture's short-side square that a random crop keeps")
     precision: str = _option("fp32", "fp32 or bf16 (faster where the processor has bf16 instructions)")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps ...")
@@ -48,9 +52,12 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         # below 64 the last features of a single image are one value, which batch normalization cannot take
-        for name, low in (("size", 64), ("epochs", 1), ("batch_size", 1), ("warmup", 0), ("workers", -1)):
+        for name, low in (("size", 64), ("epochs", 1), ("batch_size", 1), ("warmup", 0), ("workers", -1),
+                          ("mrf_sweeps", 0)):  # fmt: skip
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.mrf_sweeps and self.head != "distribution":
+            raise ConfigError(f"mrf_sweeps needs head distribution, got {self.head}: a field has labels to agree on")
         if not self.lr > 0:
             raise ConfigError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.rebalance <= 1:
@@ -62,7 +69,7 @@ class TrainConfig:
 
     def differences(self, other: dict) -> list[str]:
         """Fields that decide the course of a run and differ from those in `other`."""
-        free = {"epochs", "device", "workers", "out", "resume"}
+        free = {"epochs", "device", "workers", "out", "resume", "init"}
         return [
             f"{f.name} was {other[f.name]!r}, is {getattr(self, f.name)!r}"
             for f in fields(self)

@@ -24,8 +24,9 @@ from fastcolor._files import atomic_path
 from fastcolor.bins import ColorBins
 from fastcolor.evaluation.metrics import colorfulness, psnr
 from fastcolor.imaging.vips import libvips, reason
-from fastcolor.model.checkpoint import Checkpoint, save_checkpoint
+from fastcolor.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastcolor.model.device import choose_device
+from fastcolor.model.field import LEARNED, field_options, learnable_field, log_marginals
 from fastcolor.model.network import AB_SCALE, ColorNetwork, NetworkConfig, pool_to
 from fastcolor.ops.cross_entropy import color_cross_entropy
 from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
@@ -48,6 +49,7 @@ STATE, MODEL, HISTORY = "state.pt", "model.safetensors", "history.jsonl"
 _SAMPLES = 6  # pictures in the grid of each epoch
 _PRIOR_IMAGES = 4000  # how many training images the label statistics are taken from
 _TEMPERATURE = 0.38
+_FIELD_RATE = 10.0  # learning rate of the field's three logarithms, as a multiple of the network's
 
 
 class TrainingError(RuntimeError):
@@ -150,8 +152,14 @@ class Run:
         self.network.to(memory_format=torch.channels_last)
         self.bins = bins if config.head == "distribution" else None
         fused = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr, **fused)
+        self.field = learnable_field(bins, config.mrf_sweeps).to(self.device) if config.mrf_sweeps else None
+        groups = [{"params": list(self.network.parameters())}]
+        if self.field is not None:
+            groups.append({"params": list(self.field.parameters()), "scale": _FIELD_RATE})
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, **fused)
         self.progress, self.prior = Progress(), None
+        if config.init and not config.resume:
+            self._start_from(config.init)
         if config.resume:
             self._load_state()
         self.weights = None
@@ -186,13 +194,15 @@ class Run:
     # --- one step, one epoch -------------------------------------------------------------------------------------
 
     def loss(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch of crops, and the network's output."""
+        """The loss of a batch of crops, and the network's output: with a field, the logarithm of its marginals."""
         L, ab = split_lab(rgb.to(self.device, non_blocking=True), self.network.stride)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.network(L.contiguous(memory_format=torch.channels_last))
         if self.bins is None:
             # ab scaled to a range of 1, as Melas-Kyriazi and Han 2017 report their errors
             return F.mse_loss(output.float() / (2 * AB_SCALE), ab / (2 * AB_SCALE)), output
+        if self.field is not None:
+            output = log_marginals(self.field(output.float(), pool_to(L, self.network.stride)))
         return color_cross_entropy(output, ab, bins=self.bins, weights=self.weights), output
 
     def train_epoch(self, stop: Stop) -> bool:
@@ -205,7 +215,7 @@ class Run:
         for rgb in self._batches(self.loader, stop):
             rate = self.learning_rate(progress.epoch * self.steps_per_epoch + progress.step)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("scale", 1.0)
             loss, _ = self.loss(rgb)
             value = loss.item()
             if not math.isfinite(value):
@@ -298,6 +308,7 @@ class Run:
             "config": asdict(self.config),
             "data": self.data_id,
             "network": self.network.state_dict(),
+            "field": None if self.field is None else self.field.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "prior": self.prior,
             "progress": asdict(self.progress),
@@ -308,6 +319,16 @@ class Run:
                 torch.save(state, temporary)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"{self.out / STATE}: cannot be written ({str(error).splitlines()[0]})") from error
+
+    def _start_from(self, path: str) -> None:
+        start = load_checkpoint(path).network
+        ours = self.network.config
+        if (start.config.head, start.config.bins) != (ours.head, ours.bins):
+            raise TrainingError(
+                f"{path}: its head is {start.config.head} over {start.config.bins!r}, "
+                f"this run's is {ours.head} over {ours.bins!r}"
+            )
+        self.network.load_state_dict(start.state_dict())
 
     def _load_state(self) -> None:
         path = self.out / STATE
@@ -330,6 +351,8 @@ class Run:
         if state["data"] != self.data_id:
             raise TrainingError(f"{path}: cannot resume, the usable images in the data folder are not those of the run")
         self.network.load_state_dict(state["network"])
+        if self.field is not None:
+            self.field.load_state_dict(state["field"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.prior = state["prior"]
         self.progress = Progress(**state["progress"])
@@ -342,7 +365,8 @@ class Run:
             "options": {k: v for k, v in asdict(self.config).items() if k not in ("out", "device", "resume")},
             "validation": self.progress.history[-1] if self.progress.history else {},
         }
-        save_checkpoint(self.out / MODEL, Checkpoint(self.network, self.prior, notes))
+        options = {} if self.field is None else field_options(self.field)
+        save_checkpoint(self.out / MODEL, Checkpoint(self.network, self.prior, notes, options))
 
 
 class Stop:
@@ -458,6 +482,8 @@ def run_epoch(run: Run, stop: Stop) -> tuple[dict, Tensor] | tuple[None, None]:
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": (progress.images - images) / seconds,
     }
+    if run.field is not None:
+        entry |= {f"field_{name}": run.field.value(name).item() for name in LEARNED}
     progress.history.append(entry)
     progress.epoch, progress.step, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
     return entry, grid

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from fastcolor.bins import ColorBins
 from fastcolor.model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from fastcolor.model.field import FIELD
 from fastcolor.model.network import ColorNetwork, NetworkConfig
 
 
@@ -27,6 +28,17 @@ def test_round_trip(saved):
     x = torch.rand(1, 1, 40, 40) * 100
     assert torch.equal(loaded.network(x), network(x))
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
+
+
+def test_field(saved, tmp_path):
+    path, network = saved
+    assert load_checkpoint(path).mrf == {}
+    save_checkpoint(tmp_path / "w.safetensors", Checkpoint(network, mrf={**FIELD, "weight": 0.3}))
+    assert load_checkpoint(tmp_path / "w.safetensors").mrf == {**FIELD, "weight": 0.3}
+    for wrong, message in (({"wieght": 1.0}, "no option 'wieght'"), ({"weight": "much"}, "weight must be like 0.1")):
+        save_checkpoint(tmp_path / "w.safetensors", Checkpoint(network, mrf=wrong))
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / "w.safetensors")
 
 
 def test_half_precision_is_half_the_size(saved, tmp_path):

@@ -11,10 +11,15 @@ import pytest
 import torch
 
 from fastcolor.imaging.find import find_images
-from fastcolor.model.checkpoint import load_checkpoint
+from fastcolor.model.checkpoint import CheckpointError, load_checkpoint
+from fastcolor.model.colorizer import Colorizer
+from fastcolor.model.field import FIELD, LEARNED, field_options
+from fastcolor.model.network import pool_to
+from fastcolor.ops.cross_entropy import color_cross_entropy
+from fastcolor.reference import mean_field as reference
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import DataError
-from fastcolor.training.loop import Run, Silent, TrainingError, train
+from fastcolor.training.loop import Run, Silent, TrainingError, split_lab, train
 
 TINY = TrainConfig(size=64, epochs=3, batch_size=4, lr=2e-3, workers=0, device="cpu", val_share=0.25)
 
@@ -210,3 +215,53 @@ def test_learning_rate(photos, tmp_path):
     rates = [run.learning_rate(step) for step in range(60)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.01
+
+
+def test_trains_network_and_field_together(photos, tmp_path):
+    config = replace(TINY, mrf_sweeps=2, out=str(tmp_path / "run"))
+    result = train(photos, config)
+    assert result.history[-1]["loss"] < 0.95 * result.history[0]["loss"]
+    loaded = load_checkpoint(result.out / "model.safetensors")
+    assert loaded.mrf.keys() == FIELD.keys() and loaded.mrf["sweeps"] == 2
+    for name in LEARNED:
+        assert loaded.mrf[name] == result.history[-1][f"field_{name}"] != FIELD[name]
+    assert Colorizer(loaded).field == loaded.mrf  # what was trained is what colours
+
+    # the loss is that of the field's marginals, and its gradient reaches all of the network
+    run = Run(photos, replace(config, out=str(tmp_path / "second"), mrf_sweeps=3), Silent())
+    rgb = next(iter(run.val_loader))[0]
+    loss, output = run.loss(rgb)
+    assert torch.allclose(output.exp().sum(1), torch.ones(()), atol=1e-5)
+    L, ab = split_lab(rgb, 4)
+    options = {**field_options(run.field), "bins": run.bins}
+    q = reference.mean_field(run.network(L), pool_to(L, 4), **options)
+    assert torch.allclose(loss, color_cross_entropy(q.log(), ab, bins=run.bins), rtol=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in run.network.parameters())
+    assert all(p.grad.abs() > 0 for p in run.field.parameters())
+
+
+def test_resume_with_a_field_is_exact(photos, tmp_path):
+    config = replace(TINY, mrf_sweeps=2, out=str(tmp_path / "whole"))
+    whole = train(photos, config)
+    config = replace(config, out=str(tmp_path / "parts"))
+    assert not train(photos, config, Recorder(stop_after=4)).finished
+    with pytest.raises(TrainingError, match="mrf_sweeps was 2, is 0"):
+        train(photos, replace(config, resume=True, mrf_sweeps=0))
+    parts = train(photos, replace(config, resume=True))
+    assert parts.history[-1]["loss"] == whole.history[-1]["loss"]
+    assert load_checkpoint(parts.out / "model.safetensors").mrf == load_checkpoint(whole.out / "model.safetensors").mrf
+
+
+def test_starts_from_other_weights(photos, tmp_path):
+    first = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "first")))
+    weights = str(first.out / "model.safetensors")
+    run = Run(photos, replace(TINY, init=weights, out=str(tmp_path / "second")), Silent())
+    loaded = load_checkpoint(weights).network.state_dict()
+    assert all(torch.equal(v, loaded[n]) for n, v in run.network.state_dict().items())
+    with pytest.raises(
+        TrainingError, match=r"model.safetensors: its head is distribution .*, this run's is regression"
+    ):
+        Run(photos, replace(TINY, init=weights, head="regression", out=str(tmp_path / "third")), Silent())
+    with pytest.raises(CheckpointError, match="nowhere.safetensors: no such weights file"):
+        Run(photos, replace(TINY, init="nowhere.safetensors", out=str(tmp_path / "third")), Silent())
