@@ -224,15 +224,6 @@ def _factors(labels: int, options: dict, device: torch.device) -> tuple[Tensor, 
     return factors.a, factors.b
 
 
-@lru_cache(maxsize=32)
-def _named_factors(similarity: str, labels: int, bins, gamma, tolerance, device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # else what is made in inference mode could not be used in training
-        factors = reference.label_factors(
-            similarity, labels, bins, gamma, tolerance, dtype=torch.float32, device=device
-        )
-    return factors.a, factors.b
-
-
 class _Fixed(NamedTuple):
     """What is no tensor among the arguments of the ops."""
 
@@ -281,12 +272,16 @@ def _on_kernels(
         return q if temperature is None else reference.annealed_mean(q, temperature, bins)
     if temperature is None:
         return _mean_field(*tensors, *fixed, False)[0]
-    return _mean_field_annealed(*tensors, *fixed, _colors(bins, logits.device), float(temperature))
+    colors = _colors.__wrapped__ if torch.compiler.is_compiling() else _colors  # it does not trace through a cache
+    return _mean_field_annealed(*tensors, *fixed, colors(bins, logits.device), float(temperature))
 
 
 def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> tuple[Tensor, Tensor]:
     """The weight of each offset between equal lightnesses [O], and 1 / sigma_light []."""
     weight, sigma_space, sigma_light = (options[name] for name in ("weight", "sigma_space", "sigma_light"))
+    learned = any(isinstance(x, Tensor) for x in (weight, sigma_space, sigma_light))
+    if not learned and not torch.compiler.is_compiling():
+        return _fixed_pair_terms(tuple(around), weight, sigma_space, sigma_light, like.device)
     distances = [math.hypot(dy, dx) for dy, dx in around]
     if isinstance(weight, Tensor) or isinstance(sigma_space, Tensor):
         distance = like.new_tensor(distances, dtype=torch.float32)
@@ -300,6 +295,31 @@ def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> t
     return space, like.new_tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32)
 
 
+# Tables of plain numbers are kept: on a GPU their copies would make every call wait for the device. They are made
+# outside inference mode, whose tensors could not be used in training.
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _fixed_pair_terms(
+    around: tuple[tuple[int, int], ...], weight: float, sigma_space: float, sigma_light: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    steps = [math.hypot(dy, dx) / sigma_space for dy, dx in around]
+    space = torch.tensor([weight * math.exp(-0.5 * z * z) for z in steps], dtype=torch.float32, device=device)
+    return space, torch.tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _named_factors(
+    similarity: str, labels: int, bins: ColorBins | None, gamma: float, tolerance: float | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    factors = reference.label_factors(similarity, labels, bins, gamma, tolerance, dtype=torch.float32, device=device)
+    return factors.a, factors.b
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _colors(bins: ColorBins, device: torch.device) -> Tensor:
     """[K, 2]: the ab of each label, 0 on the axis that is not its own."""
     colors = torch.zeros(bins.count, 2, device=device)
