@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--vividness", default="0,0.25,0.5,0.75,1")
     parser.add_argument("--field", action="append", default=[], metavar="NAME=VALUE,...", type=options_of,
                         help="another field, by what differs from the default; temperature too")  # fmt: skip
-    parser.add_argument("--only", help="only methods with this in their name")
+    parser.add_argument("--only", help="only methods with one of these in their name, by comma")
     parser.add_argument("--json", type=Path, help="writes all figures")
     parser.add_argument("--plot", type=Path, help="draws the curves (Matplotlib)")
     parser.add_argument("--sheet", type=Path, help="writes the first eight pictures side by side")
@@ -298,13 +298,14 @@ def main() -> None:
     pictures = prepared(files, colorizer)
     chosen = methods(colorizer, options.field)
     if options.only:
-        chosen = {n: m for n, m in chosen.items() if options.only in n}
+        chosen = {n: m for n, m in chosen.items() if any(part in n for part in options.only.split(","))}
     values = [float(v) for v in options.vividness.split(",")]
     rows = list(measure(pictures, colorizer, chosen, values, Silent()))
     title = f"{len(pictures)} pictures, network at a short side of {colorizer.size}"
     show(rows, title)
     if options.json:
-        record = {"pictures": len(pictures), "size": colorizer.size, "field": colorizer.field, "rows": rows}
+        plain = [{k: None if v != v else v for k, v in r.items()} for r in rows]  # JSON has no nan
+        record = {"pictures": len(pictures), "size": colorizer.size, "field": colorizer.field, "rows": plain}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
         plot(options.plot, rows)

@@ -17,7 +17,7 @@ FIELD = {
     "neighborhood": "square",
     "radius": 3,
     "sigma_space": 3.0,
-    "sigma_light": 5.0,
+    "sigma_light": 3.0,
     "weight": 0.1,
     "schedule": "parallel",
     "damping": 0.0,
