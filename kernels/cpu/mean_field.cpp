@@ -1,6 +1,7 @@
 #include "cpu/mean_field.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -10,6 +11,9 @@
 #include "common/lab_math.h"
 #include "cpu/multiversion.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #if FC_HAS_MULTIVERSION
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of _mm512_undefined_ps in the header of GCC 12
@@ -31,7 +35,7 @@ struct BFloat16 {
 
 // Label tables of one axis, zero where R is rounded up. Labels side by side: [chunks][vectors][RC][lanes], the last
 // vector covering the last labels of the axis; pixels side by side: [count][R], colors [count][RC]. Colors begin in the
-// second column where the first column of B is all ones.
+// second column where the similarity is quadratic.
 struct Table {
   int64_t first, count;
   const float *a, *b, *colors;
@@ -52,6 +56,7 @@ struct Job {
   int64_t updates;       // k = 0 is the start
   const float* unary;    // [updates + 1], scores are t = unary · u + A H
   float annealed_scale;  // log2(e) / T
+  float curvature;       // of a quadratic similarity, else 0
   int64_t stride;        // floats from one plane of a row to the next
   // backward only
   bool pairs, factors;          // whether gradients of weights and guide, and of A and B, are asked for
@@ -101,6 +106,20 @@ struct Scratch {
   float *grad_a, *grad_b;   // tables
 };
 
+// Bits of 2^(j / kSteps), less what j adds to them when n = kSteps · integer + j is shifted into the exponent. Filled
+// here, where no code for another instruction set can come in.
+template <int kSteps>
+struct Powers {
+  alignas(64) uint32_t bits[kSteps];
+  Powers() {
+    for (int j = 0; j < kSteps; ++j) {
+      const float power = float(std::exp2(j / double(kSteps)));
+      memcpy(bits + j, &power, sizeof power);
+      bits[j] -= uint32_t(j) * (uint32_t(1 << 23) / kSteps);
+    }
+  }
+};
+
 using RowFunction = void (*)(const Job&, const Image&, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch&);
 
 // The same code for each instruction set. Not target_clones: widths of vectors are types here.
@@ -112,6 +131,9 @@ namespace baseline {
 }  // namespace baseline
 
 #if FC_HAS_MULTIVERSION
+const Powers<8> powers_8;
+const Powers<32> powers_32;
+
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
@@ -135,7 +157,7 @@ namespace avx512 {
 
 struct Kernels {
   int lanes, pixels;
-  RowFunction (*forward)(Storage, bool labels_last, int columns, bool ones);
+  RowFunction (*forward)(Storage, bool labels_last, int columns, bool quadratic);
   RowFunction (*backward)(Storage, bool labels_last, int columns);
   void (*exponentials)(const float*, float*, int64_t);
 };
@@ -160,11 +182,28 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 // Columns of A and B that a pass over the labels takes at once: 3 or 4, whichever wastes less.
 int chunk_of(int64_t rank) { return round_up(rank, 3) < round_up(rank, 4) ? 3 : 4; }
 
-// Whether the first column of B sums up q, as that of the quadratic similarity does: one of its three products less.
-bool has_ones(const MeanFieldProblem& p, int chunk) {
-  bool ones = chunk == 3 && p.axes == 1;
-  for (int64_t l = 0; l < p.labels; ++l) ones = ones && p.b[l * p.rank] == 1.0f;
-  return ones;
+// κ where the factors are B = [1, x, y], A = [−κ (x² + y²), 2 κ x, 2 κ y] up to their rounding, else 0. Then the first
+// column of B sums up q, one product less, and A H = −κ H₀ |(x, y) − (H₁, H₂) / H₀|² up to a term that all labels share:
+// as many products as A H, without its large terms that nearly cancel.
+float curvature_of(const MeanFieldProblem& p) {
+  if (p.rank != 3 || p.axes != 1) return 0.0f;
+  double below = 0, above = 0, most = 0;
+  for (int64_t l = 0; l < p.labels; ++l) {
+    const float *a = p.a + l * 3, *b = p.b + l * 3;
+    above -= a[0];
+    below += double(b[1]) * b[1] + double(b[2]) * b[2];
+    most = std::max({most, double(std::abs(a[0])), double(std::abs(a[1])), double(std::abs(a[2]))});
+  }
+  const double curvature = above / below, slack = 4 * std::numeric_limits<float>::epsilon();
+  bool quadratic = std::isfinite(curvature);
+  for (int64_t l = 0; l < p.labels; ++l) {
+    const float *a = p.a + l * 3, *b = p.b + l * 3;
+    const double squares = double(b[1]) * b[1] + double(b[2]) * b[2];
+    quadratic = quadratic && b[0] == 1.0f && std::abs(a[0] + curvature * squares) <= slack * most &&
+                std::abs(a[1] - 2 * curvature * b[1]) <= slack * most &&
+                std::abs(a[2] - 2 * curvature * b[2]) <= slack * most;
+  }
+  return quadratic ? float(curvature) : 0.0f;
 }
 
 int64_t updates_of(const MeanFieldProblem& p) { return p.sweeps * (p.checkerboard ? 2 : 1); }
@@ -179,6 +218,17 @@ int64_t stride_of(const MeanFieldProblem& p) { return round_up(p.width + 2 * mar
 
 int64_t bytes_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 2; }
 
+// Fresh memory costs a page fault every 4 KB, for a large result as much as the field itself: 60 ms for 160 MB. Huge
+// pages make that 15.
+void expect_writes([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + uintptr_t(bytes)) / kHuge * kHuge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+}
+
 // The label of lane 0 of a vector: the last one covers the last labels.
 int64_t first_label(int64_t vector, int64_t count, int64_t lanes) {
   return std::max<int64_t>(0, std::min(vector * lanes, count - lanes));
@@ -187,7 +237,7 @@ int64_t first_label(int64_t vector, int64_t count, int64_t lanes) {
 // The tables of a problem, in the order that a kernel reads them.
 class Tables {
  public:
-  Tables(const MeanFieldProblem& p, const float* colors, int chunk, bool ones, int lanes) {
+  Tables(const MeanFieldProblem& p, const float* colors, int chunk, bool quadratic, int lanes) {
     const int64_t rank = round_up(p.rank, chunk);
     int64_t first = 0;
     for (int64_t axis = 0; axis < p.axes; ++axis) {
@@ -195,7 +245,7 @@ class Tables {
       Table table{first, count, nullptr, nullptr, nullptr};
       table.a = arrange(p.labels_last, p.a + first * p.rank, p.rank, 0, rank, count, chunk, lanes);
       table.b = arrange(p.labels_last, p.b + first * p.rank, p.rank, 0, rank, count, chunk, lanes);
-      if (colors) table.colors = arrange(p.labels_last, colors + first * 2, 2, ones, chunk, count, chunk, lanes);
+      if (colors) table.colors = arrange(p.labels_last, colors + first * 2, 2, quadratic, chunk, count, chunk, lanes);
       tables_.push_back(table);
       first += count;
     }
@@ -266,8 +316,8 @@ class Plan {
       : p(problem),
         kernel(kernels()),
         chunk(chunk_of(p.rank)),
-        ones(has_ones(p, chunk)),
-        tables_(p, colors, chunk, ones, kernel.lanes),
+        curvature(curvature_of(p)),
+        tables_(p, colors, chunk, curvature != 0, kernel.lanes),
         zeros_(p.labels + kColumns),
         updates(updates_of(p)),
         margin(margin_of(p)),
@@ -292,8 +342,8 @@ class Plan {
     job = Job{zeros_.data(),  p.labels,   p.height,       p.width,  p.axes,
               tables_.data(), row / stride, p.rank,       p.offsets, p.dy,
               p.dx,           p.space,    p.sharpness,    p.damping, p.checkerboard,
-              updates,        unary_.data(), kLog2E / temperature, stride,  pairs,
-              factors,        starts_.data()};
+              updates,        unary_.data(), kLog2E / temperature, curvature, stride,
+              pairs,          factors,       starts_.data()};
     // Whole images to each thread where they are many, else the columns of one.
     const int64_t blocks = (p.width + kColumns - 1) / kColumns;
     by_image_ = p.threads == 1 || p.batch % p.threads == 0 || p.batch >= 4 * p.threads;
@@ -378,7 +428,7 @@ class Plan {
   const MeanFieldProblem& p;
   const Kernels& kernel;
   const int chunk;
-  const bool ones;
+  const float curvature;
 
  private:
   const Tables tables_;
@@ -411,7 +461,8 @@ void mean_field(const MeanFieldProblem& p, void* marginals, const float* colors,
   const int64_t ring = states ? p.height : plan.ring, state = (plan.updates + 1) * 2 * ring * plan.row;
   std::vector<float> rings(states ? 0 : plan.teams * state);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
-  plan.visit(plan.kernel.forward(p.storage, p.labels_last, plan.chunk, plan.ones), false,
+  if (marginals) expect_writes(marginals, p.batch * image_bytes);
+  plan.visit(plan.kernel.forward(p.storage, p.labels_last, plan.chunk, plan.curvature != 0), false,
              [&](int64_t n, int64_t team, const float* guide) {
                Image image{};
                image.logits = static_cast<const char*>(p.logits) + n * image_bytes;
@@ -435,6 +486,7 @@ void mean_field_backward(const MeanFieldProblem& p, const void* grad, const floa
   const int64_t adjoint = (plan.updates + 1) * 3 * plan.ring * plan.row;
   std::vector<float> adjoints(plan.teams * adjoint);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
+  expect_writes(to.logits, p.batch * p.labels * pixels * 4);
   plan.visit(plan.kernel.backward(p.storage, p.labels_last, plan.chunk), true,
              [&](int64_t n, int64_t team, const float* guide) {
                Image image{};

@@ -2,6 +2,8 @@
 
 constexpr int kPixels = kLanes == 16 ? 4 : 2;  // at a time, SIMD over labels: a table is loaded once for all of them
 
+constexpr int64_t kTerms = 20;  // of a sum that is added to others
+
 FC_INLINE I lane_numbers() {
   I lanes = {};
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
@@ -77,35 +79,87 @@ FC_INLINE Run run_of(int64_t count) {
   return {count, whole, vectors, count < kLanes ? 0 : vectors * kLanes - count};
 }
 
-// t = c u + A H of one chunk of columns, and its largest. The units are those of exp2: c and the scores have log2(e) in them.
-template <typename T, int RC, int P, bool kFirst>
-FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, const float* a, const float* h,
-                           float scale, int64_t plane, int64_t apart, float* t, V (&most)[P]) {
-  V at[P][RC];
+// What the field adds to the scores of P pixels: RC columns of A H.
+template <int RC, int P>
+struct LinearField {
+  const float* a;
+  V at[P][RC], columns[RC];
+  FC_INLINE LinearField(const float* a, const float* h, float scale, int64_t plane, int64_t apart) : a(a) {
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) {
-    most[p] = splat(-kInfinity);
+    for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int r = 0; r < RC; ++r) at[p][r] = splat(h[r * plane + p * apart] * scale);
+      for (int r = 0; r < RC; ++r) at[p][r] = splat(h[r * plane + p * apart] * scale);
+    }
   }
+  FC_INLINE void read(int64_t v) {
+#pragma GCC unroll 4
+    for (int r = 0; r < RC; ++r) columns[r] = load(a + (v * RC + r) * kLanes);
+  }
+  FC_INLINE V add(V t, int p) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < RC; ++r) t += columns[r] * at[p][r];
+    return t;
+  }
+};
+
+// −κ H₀ |(x, y) − (H₁, H₂) / H₀|². Where no neighbour is felt H₀ is 0; nan in H₁ and H₂ stays.
+template <typename F>
+struct Parabola {
+  F x, y, slope;
+  FC_INLINE Parabola() = default;
+  FC_INLINE Parabola(F h0, F h1, F h2, float curvature) {
+    const F size = h0 < 0.0f ? -h0 : h0;
+    const F inverse = size <= 1e-30f ? F{} : 1.0f / h0;
+    x = h1 * inverse, y = h2 * inverse, slope = h0 * -curvature;
+  }
+};
+
+template <int P>
+struct QuadraticField {
+  const float* b;
+  V x[P], y[P], slope[P], label_x, label_y;
+  FC_INLINE QuadraticField(const float* b, const float* h, float curvature, int64_t plane, int64_t apart) : b(b) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const float* at = h + p * apart;
+      const Parabola<float> field(at[0], at[plane], at[2 * plane], curvature);
+      x[p] = splat(field.x), y[p] = splat(field.y), slope[p] = splat(field.slope);
+    }
+  }
+  FC_INLINE void read(int64_t v) {
+    label_x = load(b + (v * 3 + 1) * kLanes);
+    label_y = load(b + (v * 3 + 2) * kLanes);
+  }
+  FC_INLINE V add(V t, int p) const {
+    const V dx = label_x - x[p], dy = label_y - y[p];
+    return t + slope[p] * (dx * dx + dy * dy);
+  }
+};
+
+// t = c u + what the field adds, or that added to t, and its largest. The units are those of exp2: c and the field have
+// log2(e) in them.
+template <typename T, int P, bool kFirst, typename Field>
+FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, Field field, float* t, V (&most)[P]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) most[p] = splat(-kInfinity);
   const int64_t length = run.vectors * kLanes;
   const V unary = splat(c);
   for (int64_t v = 0; v < run.whole; ++v) {
-    V columns[RC];  // read before t is written, which the compiler must take for the same memory
-#pragma GCC unroll 4
-    for (int r = 0; r < RC; ++r) columns[r] = load(a + (v * RC + r) * kLanes);
+    field.read(v);  // before t is written, which the compiler must take for the same memory
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       float* to = t + p * length + v * kLanes;
-      V x = kFirst ? unary * load(u + p * step + v * kLanes) : load(to);
-#pragma GCC unroll 4
-      for (int r = 0; r < RC; ++r) x += columns[r] * at[p][r];
+      // the pixels after these: while exponentials are computed no load is under way
+      if (kFirst) __builtin_prefetch(u + (P + p) * step + v * kLanes);
+      const V x = field.add(kFirst ? unary * load(u + p * step + v * kLanes) : load(to), p);
       most[p] = maximum(x, most[p]);
       store(to, x);
     }
   }
   if (run.whole == run.vectors) return;
   const int64_t v = run.whole;
+  field.read(v);
+#pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
     float* to = t + p * length + v * kLanes;
     V x;
@@ -118,15 +172,26 @@ FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, co
       x = unary * load(u + p * step + run.count - kLanes);
       x = lane_numbers() < int32_t(run.repeated) ? splat(-kInfinity) : x;
     }
-    for (int r = 0; r < RC; ++r) x += load(a + (v * RC + r) * kLanes) * at[p][r];
+    x = field.add(x, p);
     most[p] = maximum(x, most[p]);
     store(to, x);
   }
 }
 
-// e = 2^(t − max t), in place of t if it is to be kept, its sum, and Σ_l B[l] e_l of the first chunk. Where the first
-// column is all ones (kOnes) its sum is that of e.
-template <int RC, int P, bool kOnes>
+template <typename T, int RC, int P>
+FC_INLINE void linear_scores(const Job& job, const Table& table, const Run& run, const T* u, int64_t step, float c,
+                             const float* h, float scale, int64_t apart, float* t, V (&most)[P]) {
+  const int64_t chunk = run.vectors * RC * kLanes;
+  score_chunk<T, P, true>(run, u, step, c, LinearField<RC, P>(table.a, h, scale, job.stride, apart), t, most);
+  for (int64_t r0 = RC; r0 < job.rank; r0 += RC) {
+    const LinearField<RC, P> field(table.a + r0 / RC * chunk, h + r0 * job.stride, scale, job.stride, apart);
+    score_chunk<T, P, false>(run, u, step, c, field, t, most);
+  }
+}
+
+// e = 2^(t − max t), in place of t if it is to be kept, its sum, and Σ_l B[l] e_l of the first chunk. The first column
+// of a quadratic similarity is all ones: its sum is that of e.
+template <int RC, int P, bool kQuadratic>
 FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P], float* t, V (&total)[P],
                          V (&f)[P][RC], bool keep) {
   const int64_t length = run.vectors * kLanes;
@@ -139,7 +204,7 @@ FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P],
   for (int64_t v = 0; v < run.vectors; ++v) {
     V columns[RC];
 #pragma GCC unroll 4
-    for (int r = kOnes; r < RC; ++r) columns[r] = load(b + (v * RC + r) * kLanes);
+    for (int r = kQuadratic; r < RC; ++r) columns[r] = load(b + (v * RC + r) * kLanes);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       float* at = t + p * length + v * kLanes;
@@ -147,7 +212,7 @@ FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P],
       if (keep) store(at, e);
       total[p] += e;
 #pragma GCC unroll 4
-      for (int r = kOnes; r < RC; ++r) f[p][r] += e * columns[r];
+      for (int r = kQuadratic; r < RC; ++r) f[p][r] += e * columns[r];
     }
   }
 }
@@ -171,7 +236,16 @@ FC_INLINE void feature_chunk(const Run& run, const float* b, const float* e, V (
   }
 }
 
-template <typename T, int RC, int P, bool kOnes>
+// The sums of f[p][r] over lanes for one r.
+template <int RC, int P>
+FC_INLINE void column_sums(const V (&f)[P][RC], int r, float (&out)[P]) {
+  V column[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) column[p] = f[p][r];
+  sums(column, out);
+}
+
+template <typename T, int RC, int P, bool kQuadratic>
 FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x, int64_t apart,
                             Scratch& scratch) {
   const bool last = k == job.updates;
@@ -189,30 +263,35 @@ FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64
     const Run run = run_of(table.count);
     const int64_t chunk = run.vectors * RC * kLanes;
     V most[P];
-    score_chunk<T, RC, P, true>(run, u + table.first, step, c, table.a, h, scale, job.stride, apart, scratch.t,
-                                  most);
-    for (int64_t r0 = RC; r0 < job.rank; r0 += RC) {
-      score_chunk<T, RC, P, false>(run, nullptr, 0, c, table.a + r0 / RC * chunk, h + r0 * job.stride, scale,
-                                   job.stride, apart, scratch.t, most);
+    if constexpr (kQuadratic) {
+      const QuadraticField<P> field(table.b, h, job.curvature * scale, job.stride, apart);
+      score_chunk<T, P, true>(run, u, step, c, field, scratch.t, most);
+    } else {
+      linear_scores<T, RC, P>(job, table, run, u + table.first, step, c, h, scale, apart, scratch.t, most);
     }
-    float highest[P], inverse[P];
-    for (int p = 0; p < P; ++p) highest[p] = largest(most[p]);
+    float highest[P], inverse[P], column[P];
+    largests(most, highest);
     V total[P], f[P][RC];
     const bool keep = q || job.rank > RC;
-    exp_chunk<RC, P, kOnes>(run, annealed ? table.colors : table.b, highest, scratch.t, total, f, keep);
-    for (int p = 0; p < P; ++p) inverse[p] = 1.0f / sum(total[p]);
+    exp_chunk<RC, P, kQuadratic>(run, annealed ? table.colors : table.b, highest, scratch.t, total, f, keep);
+    sums(total, inverse);
+    for (int p = 0; p < P; ++p) inverse[p] = 1.0f / inverse[p];
     if (annealed) {
-      for (int p = 0; p < P; ++p) {
-        for (int d = 0; d < 2; ++d) result[p][d] += sum(f[p][d + kOnes]) * inverse[p];
+#pragma GCC unroll 2
+      for (int d = 0; d < 2; ++d) {
+        column_sums(f, d + kQuadratic, column);
+        for (int p = 0; p < P; ++p) result[p][d] += column[p] * inverse[p];
       }
     }
     if (features) {
       for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
         if (r0) feature_chunk<RC, P>(run, table.b + r0 / RC * chunk, scratch.t, f);
-        for (int p = 0; p < P; ++p) {
-          for (int r = 0; r < RC; ++r) {
+#pragma GCC unroll 4
+        for (int r = 0; r < RC; ++r) {
+          if (!(kQuadratic && r == 0)) column_sums(f, r, column);
+          for (int p = 0; p < P; ++p) {
             float& to = features[(r0 + r) * job.stride + p * apart];
-            const float expected = kOnes && r == 0 ? 1.0f : sum(f[p][r]) * inverse[p];
+            const float expected = kQuadratic && r == 0 ? 1.0f : column[p] * inverse[p];
             to = axis ? to + expected : expected;
           }
         }
@@ -248,7 +327,7 @@ inline void carry_over(const Job& job, const Image& image, int64_t k, int64_t y,
   }
 }
 
-template <typename T, int RC, bool kOnes>
+template <typename T, int RC, bool kQuadratic>
 void label_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch& scratch) {
   if (k > 0) gather<RC>(job, image, k, y, x0, x1, scratch);
   int64_t apart = 1, x = x0;
@@ -258,9 +337,9 @@ void label_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t
     carry_over(job, image, k, y, x0, x1);
   }
   for (; x + (kPixels - 1) * apart < x1; x += kPixels * apart) {
-    label_pixels<T, RC, kPixels, kOnes>(job, image, k, y, x, apart, scratch);
+    label_pixels<T, RC, kPixels, kQuadratic>(job, image, k, y, x, apart, scratch);
   }
-  for (; x < x1; x += apart) label_pixels<T, RC, 1, kOnes>(job, image, k, y, x, apart, scratch);
+  for (; x < x1; x += apart) label_pixels<T, RC, 1, kQuadratic>(job, image, k, y, x, apart, scratch);
 }
 
 // --- pixels side by side: SIMD over pixels ------------------------------------------------------------------------------
@@ -281,7 +360,14 @@ FC_INLINE Lanes lanes_at(const Job& job, int64_t x, int64_t x1) {
   return lanes;
 }
 
-template <typename T, int RC, bool kOnes>
+// Values of a row at the lanes that are meant, 0 elsewhere.
+FC_INLINE V at_lanes(const float* row, const Lanes& lanes) {
+  float some[kLanes] = {};
+  for (int64_t i = 0; i < lanes.n; ++i) some[lanes.from + i] = row[i];
+  return load(some);
+}
+
+template <typename T, int RC, bool kQuadratic>
 FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t y, const Lanes& lanes,
                           Scratch& scratch) {
   const bool last = k == job.updates;
@@ -304,16 +390,21 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
     for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
       V h[RC];
 #pragma GCC unroll 4
-      for (int r = 0; r < RC; ++r) {
-        float some[kLanes] = {};
-        for (int64_t i = 0; i < lanes.n; ++i) some[lanes.from + i] = scores[(r0 + r) * job.stride + i];
-        h[r] = load(some) * scale;
-      }
-      most = splat(-kInfinity);
-      const float* a = table.a + r0;
-      const auto scored = [&](int64_t l, V x) __attribute__((always_inline)) {
+      for (int r = 0; r < RC; ++r) h[r] = at_lanes(scores + (r0 + r) * job.stride, lanes);
+      Parabola<V> parabola;
+      if (kQuadratic) parabola = Parabola<V>(h[0], h[1], h[2], job.curvature * scale);
 #pragma GCC unroll 4
-        for (int r = 0; r < RC; ++r) x += a[l * job.rank + r] * h[r];
+      for (int r = 0; r < RC; ++r) h[r] *= scale;
+      most = splat(-kInfinity);
+      const float *a = table.a + r0, *labels = table.b;
+      const auto scored = [&](int64_t l, V x) __attribute__((always_inline)) {
+        if (kQuadratic) {
+          const V dx = labels[l * 3 + 1] - parabola.x, dy = labels[l * 3 + 2] - parabola.y;
+          x += parabola.slope * (dx * dx + dy * dy);
+        } else {
+#pragma GCC unroll 4
+          for (int r = 0; r < RC; ++r) x += a[l * job.rank + r] * h[r];
+        }
         most = maximum(x, most);
         store(t + l * kLanes, x);
       };
@@ -334,12 +425,20 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
     const float* b = annealed ? table.colors : table.b;
     const int64_t columns = annealed ? RC : job.rank;
     const auto exponentials = [&](bool kept) __attribute__((always_inline)) {
-      for (int64_t l = 0; l < table.count; ++l) {
-        const V e = exp2_of(load(t + l * kLanes) - most);
-        if (kept) store(t + l * kLanes, e);
-        total += e;
+      // sums of sums: one after the other, 313 terms would round off ten times as much
+      for (int64_t first = 0; first < table.count; first += kTerms) {
+        const int64_t end = std::min(first + kTerms, table.count);
+        V part = {}, g[RC] = {};
+        for (int64_t l = first; l < end; ++l) {
+          const V e = exp2_of(load(t + l * kLanes) - most);
+          if (kept) store(t + l * kLanes, e);
+          part += e;
 #pragma GCC unroll 4
-        for (int r = kOnes; r < RC; ++r) f[r] += e * b[l * columns + r];
+          for (int r = kQuadratic; r < RC; ++r) g[r] += e * b[l * columns + r];
+        }
+        total += part;
+#pragma GCC unroll 4
+        for (int r = kQuadratic; r < RC; ++r) f[r] += g[r];
       }
     };
     if (keep) {
@@ -349,21 +448,27 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
     }
     const V inverse = 1.0f / total;
     if (annealed) {
-      for (int d = 0; d < 2; ++d) result[d] += f[d + kOnes] * inverse;
+      for (int d = 0; d < 2; ++d) result[d] += f[d + kQuadratic] * inverse;
     }
     if (features) {
       for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
         if (r0) {
           for (int r = 0; r < RC; ++r) f[r] = V{};
-          for (int64_t l = 0; l < table.count; ++l) {
-            const V e = load(t + l * kLanes);
+          for (int64_t first = 0; first < table.count; first += kTerms) {
+            const int64_t end = std::min(first + kTerms, table.count);
+            V g[RC] = {};
+            for (int64_t l = first; l < end; ++l) {
+              const V e = load(t + l * kLanes);
 #pragma GCC unroll 4
-            for (int r = 0; r < RC; ++r) f[r] += e * b[l * columns + r0 + r];
+              for (int r = 0; r < RC; ++r) g[r] += e * b[l * columns + r0 + r];
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < RC; ++r) f[r] += g[r];
           }
         }
         for (int r = 0; r < RC; ++r) {
           float some[kLanes];
-          store(some, kOnes && r == 0 ? splat(1.0f) : f[r] * inverse);
+          store(some, kQuadratic && r == 0 ? splat(1.0f) : f[r] * inverse);
           float* to = features + (r0 + r) * job.stride;
           for (int64_t i = 0; i < lanes.n; ++i) to[i] = (axis ? to[i] : 0.0f) + some[lanes.from + i];
         }
@@ -386,11 +491,11 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
   }
 }
 
-template <typename T, int RC, bool kOnes>
+template <typename T, int RC, bool kQuadratic>
 void pixel_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch& scratch) {
   if (k > 0) gather<RC>(job, image, k, y, x0, x1, scratch);
   for (int64_t x = x0; x < x1; x += kLanes) {
-    pixel_tile<T, RC, kOnes>(job, image, k, y, lanes_at(job, x, x1), scratch);
+    pixel_tile<T, RC, kQuadratic>(job, image, k, y, lanes_at(job, x, x1), scratch);
   }
   if (job.checkerboard && k > 0 && k < job.updates) carry_over(job, image, k, y, x0, x1);
 }
@@ -509,12 +614,7 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
     const int64_t tail = run.count < kLanes ? 0 : run.count - kLanes;  // first label of the last vector
     float *t = scratch.t, *s = scratch.s;
     V most[P];
-    score_chunk<T, RC, P, true>(run, u + table.first, step, c * kLog2E, table.a, h, kLog2E, job.stride, apart, t,
-                                most);
-    for (int64_t r0 = RC; r0 < job.rank; r0 += RC) {
-      score_chunk<T, RC, P, false>(run, nullptr, 0, c, table.a + r0 / RC * chunk, h + r0 * job.stride, kLog2E,
-                                   job.stride, apart, t, most);
-    }
+    linear_scores<T, RC, P>(job, table, run, u + table.first, step, c * kLog2E, h, kLog2E, apart, t, most);
     // s = dL/dq
     if (last) {
       const T* g = (const T*)image.grad + pixel + table.first;
@@ -548,8 +648,8 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
       }
     }
     V total[P] = {}, dot[P] = {};
-    float highest[P], inverse[P], mean[P];
-    for (int p = 0; p < P; ++p) highest[p] = largest(most[p]);
+    float highest[P], inverse[P], mean[P], column[P];
+    largests(most, highest);
     for (int64_t v = 0; v < run.vectors; ++v) {
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
@@ -560,9 +660,11 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
         dot[p] += e * load(s + at);
       }
     }
+    sums(total, inverse);
+    sums(dot, mean);
     for (int p = 0; p < P; ++p) {
-      inverse[p] = 1.0f / sum(total[p]);
-      mean[p] = sum(dot[p]) * inverse[p];
+      inverse[p] = 1.0f / inverse[p];
+      mean[p] *= inverse[p];
     }
     // q in place of t, dt in place of s; du is written by the last update and added to by those before it
     float* du = image.grad_logits + pixel + table.first;
@@ -591,10 +693,12 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
     for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
       V f[P][RC];
       feature_chunk<RC, P>(run, table.a + r0 / RC * chunk, s, f);
-      for (int p = 0; p < P; ++p) {
-        for (int r = 0; r < RC; ++r) {
+#pragma GCC unroll 4
+      for (int r = 0; r < RC; ++r) {
+        column_sums(f, r, column);
+        for (int p = 0; p < P; ++p) {
           float& to = dh[(r0 + r) * job.stride + p * apart];
-          to = (axis ? to : 0.0f) + sum(f[p][r]);
+          to = (axis ? to : 0.0f) + column[p];
         }
       }
       if (!job.factors) continue;
@@ -635,13 +739,6 @@ void label_row_backward(const Job& job, const Image& image, int64_t k, int64_t y
   }
   for (; x < x1; x += apart) label_pixels_backward<T, RC, 1>(job, image, k, y, x, apart, scratch);
   hand_on(job, image, k, y, x0, x1);
-}
-
-// Values of a row at the lanes that are meant, 0 elsewhere.
-FC_INLINE V at_lanes(const float* row, const Lanes& lanes) {
-  float some[kLanes] = {};
-  for (int64_t i = 0; i < lanes.n; ++i) some[lanes.from + i] = row[i];
-  return load(some);
 }
 
 template <typename T>
@@ -776,18 +873,18 @@ inline RowFunction backward_function(Storage storage, bool labels_last, int colu
   }
 }
 
-template <int RC, bool kOnes>
+template <int RC, bool kQuadratic>
 RowFunction forward_of(Storage storage, bool labels_last) {
   switch (storage) {
-    case Storage::kFloat16: return labels_last ? label_row<Float16, RC, kOnes> : pixel_row<Float16, RC, kOnes>;
-    case Storage::kBFloat16: return labels_last ? label_row<BFloat16, RC, kOnes> : pixel_row<BFloat16, RC, kOnes>;
-    default: return labels_last ? label_row<float, RC, kOnes> : pixel_row<float, RC, kOnes>;
+    case Storage::kFloat16: return labels_last ? label_row<Float16, RC, kQuadratic> : pixel_row<Float16, RC, kQuadratic>;
+    case Storage::kBFloat16: return labels_last ? label_row<BFloat16, RC, kQuadratic> : pixel_row<BFloat16, RC, kQuadratic>;
+    default: return labels_last ? label_row<float, RC, kQuadratic> : pixel_row<float, RC, kQuadratic>;
   }
 }
 
-inline RowFunction forward_function(Storage storage, bool labels_last, int columns, bool ones) {
+inline RowFunction forward_function(Storage storage, bool labels_last, int columns, bool quadratic) {
   if (columns == 4) return forward_of<4, false>(storage, labels_last);
-  return ones ? forward_of<3, true>(storage, labels_last) : forward_of<3, false>(storage, labels_last);
+  return quadratic ? forward_of<3, true>(storage, labels_last) : forward_of<3, false>(storage, labels_last);
 }
 
 inline void exponentials(const float* x, float* out, int64_t n) {
