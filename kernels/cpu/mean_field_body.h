@@ -149,8 +149,6 @@ FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, Fi
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       float* to = t + p * length + v * kLanes;
-      // the pixels after these: while exponentials are computed no load is under way
-      if (kFirst) __builtin_prefetch(u + (P + p) * step + v * kLanes);
       const V x = field.add(kFirst ? unary * load(u + p * step + v * kLanes) : load(to), p);
       most[p] = maximum(x, most[p]);
       store(to, x);
@@ -189,11 +187,12 @@ FC_INLINE void linear_scores(const Job& job, const Table& table, const Run& run,
   }
 }
 
+// Logits of the next pixels are fetched here, where no load waits for memory.
 // e = 2^(t − max t), in place of t if it is to be kept, its sum, and Σ_l B[l] e_l of the first chunk. The first column
 // of a quadratic similarity is all ones: its sum is that of e.
-template <int RC, int P, bool kQuadratic>
-FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P], float* t, V (&total)[P],
-                         V (&f)[P][RC], bool keep) {
+template <typename T, int RC, int P, bool kQuadratic, bool kKeep>
+FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P], const T* next, int64_t step, float* t,
+                         V (&total)[P], V (&f)[P][RC]) {
   const int64_t length = run.vectors * kLanes;
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
@@ -202,17 +201,23 @@ FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P],
     for (int r = 0; r < RC; ++r) f[p][r] = V{};
   }
   for (int64_t v = 0; v < run.vectors; ++v) {
-    V columns[RC];
-#pragma GCC unroll 4
-    for (int r = kQuadratic; r < RC; ++r) columns[r] = load(b + (v * RC + r) * kLanes);
+    V e[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      float* at = t + p * length + v * kLanes;
-      const V e = exp2_of(load(at) - most[p]);
-      if (keep) store(at, e);
-      total[p] += e;
+      __builtin_prefetch(next + p * step + v * kLanes);
+      e[p] = load(t + p * length + v * kLanes) - most[p];
+    }
+    exp2_of(e);
 #pragma GCC unroll 4
-      for (int r = kQuadratic; r < RC; ++r) f[p][r] += e * columns[r];
+    for (int p = 0; p < P; ++p) {
+      if (kKeep) store(t + p * length + v * kLanes, e[p]);
+      total[p] += e[p];
+    }
+#pragma GCC unroll 4
+    for (int r = kQuadratic; r < RC; ++r) {
+      const V column = load(b + (v * RC + r) * kLanes);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) f[p][r] += e[p] * column;
     }
   }
 }
@@ -272,8 +277,13 @@ FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64
     float highest[P], inverse[P], column[P];
     largests(most, highest);
     V total[P], f[P][RC];
-    const bool keep = q || job.rank > RC;
-    exp_chunk<RC, P, kQuadratic>(run, annealed ? table.colors : table.b, highest, scratch.t, total, f, keep);
+    const float* b = annealed ? table.colors : table.b;
+    const T* next = u + P * step + table.first;
+    if (q || job.rank > RC) {
+      exp_chunk<T, RC, P, kQuadratic, true>(run, b, highest, next, step, scratch.t, total, f);
+    } else {
+      exp_chunk<T, RC, P, kQuadratic, false>(run, b, highest, next, step, scratch.t, total, f);
+    }
     sums(total, inverse);
     for (int p = 0; p < P; ++p) inverse[p] = 1.0f / inverse[p];
     if (annealed) {
@@ -412,17 +422,15 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
       if (r0 > 0) {
         for (int64_t l = 0; l < table.count; ++l) scored(l, load(t + l * kLanes));
       } else if (lanes.whole) {
-        for (int64_t l = 0; l < table.count; ++l) {
-          // planes lie pages apart, which no prefetcher follows
-          __builtin_prefetch(from + l * plane + kLanes);
-          scored(l, unary * load(from + l * plane));
-        }
+        for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load(from + l * plane));
       } else {
         for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load_some(from + l * plane, lanes.n, 0.0f));
       }
     }
     V total = {}, f[RC] = {};
     const float* b = annealed ? table.colors : table.b;
+    // planes lie pages apart, which no prefetcher follows
+    const T* next = u + table.first * plane + kLanes;
     const int64_t columns = annealed ? RC : job.rank;
     const auto exponentials = [&](bool kept) __attribute__((always_inline)) {
       // sums of sums: one after the other, 313 terms would round off ten times as much
@@ -430,6 +438,7 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
         const int64_t end = std::min(first + kTerms, table.count);
         V part = {}, g[RC] = {};
         for (int64_t l = first; l < end; ++l) {
+          __builtin_prefetch(next + l * plane);
           const V e = exp2_of(load(t + l * kLanes) - most);
           if (kept) store(t + l * kLanes, e);
           part += e;

@@ -146,26 +146,51 @@ FC_INLINE V exp2_of(V x) {
   e = e * f + 1.00000007f;
   return e * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
 }
+template <int P>
+FC_INLINE void exp2_of(V (&x)[P]) {
+  for (int i = 0; i < P; ++i) x[i] = exp2_of(x[i]);
+}
 #else
 // 2^(n / steps) · 2^f, the first from a table of one or two registers: multiplications are what bounds the passes over
 // the labels, and a table leaves half of them to the polynomial. n / steps may go below -126 only to -127, where the sum
 // of bits is 0.
-FC_INLINE V exp2_of(V x) {
+template <int P>
+FC_INLINE void exp2_of(V (&x)[P]) {
   constexpr int kShift = FC_LANES == 16 ? 18 : 20;  // 23 - log2(steps)
   const V magic = splat(1.5f * (1 << kShift));      // what is added to it is rounded to 1 / steps
-  x = maximum(splat(-127.0f), x);
-  const V z = x + magic;
-  const V f = x - (z - magic);
+  V z[P];
+  U power[P];
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) x[i] = maximum(splat(-127.0f), x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) z[i] = x[i] + magic;
 #if FC_LANES == 16
   const __m512i low = _mm512_load_si512(powers_32.bits), high = _mm512_load_si512(powers_32.bits + 16);
-  const U power = (U)_mm512_permutex2var_epi32(low, (__m512i)z, high);
-  V p = 0.240226492f * f + 0.693157315f;
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) power[i] = (U)_mm512_permutex2var_epi32(low, (__m512i)z[i], high);
 #else
-  const U power = (U)_mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)powers_8.bits), (__m256i)z);
-  V p = 0.0554962233f * f + 0.240257636f;
-  p = p * f + 0.693147242f;
+  const __m256i table = _mm256_load_si256((const __m256i*)powers_8.bits);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) power[i] = (U)_mm256_permutevar8x32_epi32(table, (__m256i)z[i]);
 #endif
-  const V scale = (V)(power + ((U)z << kShift));
-  return scale + scale * (p * f);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) {
+    power[i] += (U)z[i] << kShift;
+    x[i] -= z[i] - magic;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) {
+#if FC_LANES == 16
+    const V p = 0.240226492f * x[i] + 0.693157315f;
+#else
+    const V p = (0.0554962233f * x[i] + 0.240257636f) * x[i] + 0.693147242f;
+#endif
+    x[i] = (V)power[i] + (V)power[i] * (p * x[i]);
+  }
+}
+FC_INLINE V exp2_of(V x) {
+  V one[1] = {x};
+  exp2_of(one);
+  return one[0];
 }
 #endif
