@@ -24,6 +24,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896f;
+constexpr int64_t kLarge = 1 << 22;
 constexpr int64_t kColumns = 16;  // rows are cut between threads, and padded, in units of the widest vector
 
 struct Float16 {
@@ -58,6 +59,9 @@ struct Job {
   float annealed_scale;  // log2(e) / T
   float curvature;       // of a quadratic similarity, else 0
   int64_t stride;        // floats from one plane of a row to the next
+  int64_t first_read;    // the update that is the first to read the logits
+  int64_t padded_width;
+  bool large;  // marginals: no cache will keep them until they are read
   // backward only
   bool pairs, factors;          // whether gradients of weights and guide, and of A and B, are asked for
   const int64_t* table_starts;  // [axes] of a table in the sums of gradients
@@ -70,6 +74,8 @@ struct Image {
   const float* prior;  // [R, H, W] or null
   float* states;       // pixel 0 of [updates + 1, 2, ring, R, stride]
   int64_t ring, row;   // rows that are kept, floats in one
+  char* tiles;         // pixels side by side: copies of logits, [tile_rows, padded_width / lanes, K, lanes]
+  int64_t tile_rows;
   void* marginals;
   float* ab;
   // backward only
@@ -229,6 +235,17 @@ void expect_writes([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes
 #endif
 }
 
+// Memory that is written before it is read, from the start of a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : memory_(new char[bytes + kLine]) { expect_writes(data(), bytes); }
+  char* data() const { return memory_.get() + (kLine - reinterpret_cast<uintptr_t>(memory_.get()) % kLine) % kLine; }
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+  std::unique_ptr<char[]> memory_;
+};
+
 // The label of lane 0 of a vector: the last one covers the last labels.
 int64_t first_label(int64_t vector, int64_t count, int64_t lanes) {
   return std::max<int64_t>(0, std::min(vector * lanes, count - lanes));
@@ -330,6 +347,7 @@ class Plan {
     }
     for (int64_t o = 0; o < p.offsets; ++o) reach = std::max(reach, std::abs(p.dy[o]));
     ring = std::min(p.height, 2 * reach + 2);
+    tile_rows = std::min(p.height, updates * (reach + 1) + 1);
     if (factors) {
       for (int64_t axis = 0; axis < p.axes; ++axis) {
         starts_.push_back(table_floats);
@@ -339,11 +357,12 @@ class Plan {
       }
       if (!p.labels_last) for (auto& start : starts_) start /= kernel.lanes;
     }
+    const bool large = p.batch * p.labels * p.height * p.width * bytes_of(p.storage) >= kLarge;
     job = Job{zeros_.data(),  p.labels,   p.height,       p.width,  p.axes,
               tables_.data(), row / stride, p.rank,       p.offsets, p.dy,
               p.dx,           p.space,    p.sharpness,    p.damping, p.checkerboard,
               updates,        unary_.data(), kLog2E / temperature, curvature, stride,
-              pairs,          factors,       starts_.data()};
+              p.uniform ? 1 : 0, round_up(p.width, kColumns), large, pairs, factors, starts_.data()};
     // Whole images to each thread where they are many, else the columns of one.
     const int64_t blocks = (p.width + kColumns - 1) / kColumns;
     by_image_ = p.threads == 1 || p.batch % p.threads == 0 || p.batch >= 4 * p.threads;
@@ -436,7 +455,7 @@ class Plan {
 
  public:
   const int64_t updates, margin, stride, row;
-  int64_t reach = 0, ring = 1, table_floats = 0, teams = 1;
+  int64_t reach = 0, ring = 1, tile_rows = 1, table_floats = 0, teams = 1;
   int threads = 1;
   Job job;
   std::vector<std::unique_ptr<ThreadMemory>> memory;
@@ -461,6 +480,8 @@ void mean_field(const MeanFieldProblem& p, void* marginals, const float* colors,
   const int64_t ring = states ? p.height : plan.ring, state = (plan.updates + 1) * 2 * ring * plan.row;
   std::vector<float> rings(states ? 0 : plan.teams * state);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
+  const int64_t tile_bytes = p.labels_last ? 0 : plan.tile_rows * plan.job.padded_width * p.labels * bytes_of(p.storage);
+  const Buffer tiles(plan.teams * tile_bytes);
   if (marginals) expect_writes(marginals, p.batch * image_bytes);
   plan.visit(plan.kernel.forward(p.storage, p.labels_last, plan.chunk, plan.curvature != 0), false,
              [&](int64_t n, int64_t team, const float* guide) {
@@ -471,6 +492,8 @@ void mean_field(const MeanFieldProblem& p, void* marginals, const float* colors,
                image.states = (states ? states + n * state : rings.data() + team * state) + plan.margin;
                image.ring = ring;
                image.row = plan.row;
+               image.tiles = tiles.data() + team * tile_bytes;
+               image.tile_rows = plan.tile_rows;
                image.marginals = marginals ? static_cast<char*>(marginals) + n * image_bytes : nullptr;
                image.ab = ab ? ab + n * 2 * pixels : nullptr;
                return image;

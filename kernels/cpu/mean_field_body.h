@@ -377,16 +377,47 @@ FC_INLINE V at_lanes(const float* row, const Lanes& lanes) {
   return load(some);
 }
 
+// Logits of kLanes pixels at a time lie together in memory of our own from when a row is first read until it is last read:
+// planes lie pages apart, which no prefetcher follows, and at a power of two few of them share a cache.
+template <typename T>
+FC_INLINE T* tile_of(const Job& job, const Image& image, int64_t y, int64_t x) {
+  return (T*)image.tiles + ((y % image.tile_rows) * job.padded_width + x / kLanes * kLanes) * job.labels;
+}
+
+constexpr int64_t kTiles = 4;  // that are copied at once: whole lines of 16 bits, and neighbours of a page
+
+template <typename T>
+void fill_tiles(const Job& job, const Image& image, int64_t y, int64_t x, int64_t x1) {
+  Lanes lanes[kTiles];
+  int64_t count = 0;
+  for (; count < kTiles && x + count * kLanes < x1; ++count) lanes[count] = lanes_at(job, x + count * kLanes, x1);
+  T* to = tile_of<T>(job, image, y, x);
+  const T* from = (const T*)image.logits + y * job.width;
+  for (int64_t l = 0; l < job.labels; ++l, to += kLanes, from += job.height * job.width) {
+    for (int64_t i = 0; i < count; ++i) {
+      T* tile = to + i * job.labels * kLanes;
+      if (lanes[i].whole) {
+        memcpy(tile, from + lanes[i].x, sizeof(T) * kLanes);
+      } else {
+        for (int64_t n = 0; n < kLanes; ++n) tile[n] = n < lanes[i].n ? from[lanes[i].x + n] : T{};
+      }
+    }
+  }
+}
+
 template <typename T, int RC, bool kQuadratic>
-FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t y, const Lanes& lanes,
+FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x, const Lanes& lanes,
                           Scratch& scratch) {
   const bool last = k == job.updates;
   const bool annealed = last && image.ab;
   const float scale = annealed ? job.annealed_scale : kLog2E, c = job.unary[k] * scale;
   const V unary = splat(c);
-  int64_t plane = job.height * job.width;
-  const T* u = (const T*)image.logits + y * job.width + lanes.x;
-  if (c == 0) u = (const T*)job.zeros, plane = 0;
+  const T* u = tile_of<T>(job, image, y, x);
+  const bool from_planes = k == job.first_read;  // so are the tiles after this one and those that are copied with it
+  const T* next = from_planes ? (const T*)image.logits + y * job.width + x + kTiles * kLanes : u + job.labels * kLanes;
+  const int64_t next_step = from_planes ? job.height * job.width : kLanes;
+  int64_t step = kLanes;
+  if (c == 0) u = (const T*)job.zeros, step = 0;
   const int64_t first = lanes.x + lanes.from;
   const float* scores = image.scores(k, y) + first;
   float* features = last ? nullptr : image.features(k, y) + first;
@@ -418,19 +449,16 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
         most = maximum(x, most);
         store(t + l * kLanes, x);
       };
-      const T* from = u + table.first * plane;
+      const T* from = u + table.first * step;
       if (r0 > 0) {
         for (int64_t l = 0; l < table.count; ++l) scored(l, load(t + l * kLanes));
-      } else if (lanes.whole) {
-        for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load(from + l * plane));
       } else {
-        for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load_some(from + l * plane, lanes.n, 0.0f));
+        for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load(from + l * step));
       }
     }
     V total = {}, f[RC] = {};
     const float* b = annealed ? table.colors : table.b;
-    // planes lie pages apart, which no prefetcher follows
-    const T* next = u + table.first * plane + kLanes;
+    const T* ahead = next + table.first * next_step;
     const int64_t columns = annealed ? RC : job.rank;
     const auto exponentials = [&](bool kept) __attribute__((always_inline)) {
       // sums of sums: one after the other, 313 terms would round off ten times as much
@@ -438,7 +466,7 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
         const int64_t end = std::min(first + kTerms, table.count);
         V part = {}, g[RC] = {};
         for (int64_t l = first; l < end; ++l) {
-          __builtin_prefetch(next + l * plane);
+          __builtin_prefetch(ahead + l * next_step);
           const V e = exp2_of(load(t + l * kLanes) - most);
           if (kept) store(t + l * kLanes, e);
           part += e;
@@ -484,13 +512,16 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
       }
     }
     if (!q) continue;
-    T* to = q + table.first * job.height * job.width;
-    for (int64_t l = 0; l < table.count; ++l) {
+    const int64_t plane = job.height * job.width;
+    T* to = q + table.first * plane;
+    for (int64_t l = 0; l < table.count; ++l, to += plane) {
       const V x = load(t + l * kLanes) * inverse;
-      if (lanes.n == kLanes) {
-        store(to + l * job.height * job.width, x);
+      if (lanes.n < kLanes) {
+        store_some(to, x, lanes.from, lanes.n);
+      } else if (job.large) {
+        stream(to, x);
       } else {
-        store_some(to + l * job.height * job.width, x, lanes.from, lanes.n);
+        store(to, x);
       }
     }
   }
@@ -504,9 +535,11 @@ template <typename T, int RC, bool kQuadratic>
 void pixel_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch& scratch) {
   if (k > 0) gather<RC>(job, image, k, y, x0, x1, scratch);
   for (int64_t x = x0; x < x1; x += kLanes) {
-    pixel_tile<T, RC, kQuadratic>(job, image, k, y, lanes_at(job, x, x1), scratch);
+    if (k == job.first_read && (x - x0) % (kTiles * kLanes) == 0) fill_tiles<T>(job, image, y, x, x1);
+    pixel_tile<T, RC, kQuadratic>(job, image, k, y, x, lanes_at(job, x, x1), scratch);
   }
   if (job.checkerboard && k > 0 && k < job.updates) carry_over(job, image, k, y, x0, x1);
+  if (k == job.updates) streamed();
 }
 
 // --- backward: from the gradient of q at the last update to those of logits, H and F, down to the start --------------------

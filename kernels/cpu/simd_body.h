@@ -63,6 +63,22 @@ FC_INLINE void store(Float16* p, V v) {
 FC_INLINE V maximum(V a, V b) { return a > b ? a : b; }
 #endif
 
+// Past the caches where v is a whole cache line, else as `store`. Call `streamed` before others read.
+template <typename T>
+FC_INLINE void stream(T* p, V v) {
+#if FC_LANES == 16
+  if constexpr (sizeof(T) == 4) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return _mm512_stream_ps(p, v);
+  }
+#endif
+  store(p, v);
+}
+FC_INLINE void streamed() {
+#if FC_LANES == 16
+  _mm_sfence();
+#endif
+}
+
 // The first n of kLanes values; the others are `rest`.
 template <typename T>
 FC_INLINE V load_some(const T* p, int64_t n, float rest) {
