@@ -168,20 +168,19 @@ struct Kernels {
   void (*exponentials)(const float*, float*, int64_t);
 };
 
+#define FC_KERNELS(level) \
+  {level::kLanes, level::kPixels, level::forward_function, level::backward_function, level::exponentials}
+
 const Kernels& kernels() {
-  static const Kernels chosen = [] {
 #if FC_HAS_MULTIVERSION
-    if (__builtin_cpu_supports("x86-64-v4")) {
-      return Kernels{avx512::kLanes, avx512::kPixels, avx512::forward_function, avx512::backward_function, avx512::exponentials};
-    }
-    if (__builtin_cpu_supports("x86-64-v3")) {
-      return Kernels{avx2::kLanes, avx2::kPixels, avx2::forward_function, avx2::backward_function, avx2::exponentials};
-    }
+  static const Kernels of_avx512 = FC_KERNELS(avx512), of_avx2 = FC_KERNELS(avx2);
+  if (simd() == Simd::kAvx512) return of_avx512;
+  if (simd() == Simd::kAvx2) return of_avx2;
 #endif
-    return Kernels{baseline::kLanes, baseline::kPixels, baseline::forward_function, baseline::backward_function, baseline::exponentials};
-  }();
-  return chosen;
+  static const Kernels of_baseline = FC_KERNELS(baseline);
+  return of_baseline;
 }
+#undef FC_KERNELS
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
