@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import math
+import mmap
+import sys
 from functools import cache
 
 import numpy as np
@@ -1217,6 +1219,65 @@ def test_state_size(sweeps, checkerboard, rank, width):
         size = op._state_size(torch.empty((2, 9, height, width), device="meta"), rank, fixed)
         assert size == _backend.native("_cpu").mean_field_state_size(native)
     assert size >= 2 * (1 << 22) * 2 * width
+
+
+@on_kernels
+@pytest.mark.parametrize("labels_last", [False, True])
+def test_more_entries_than_32_bits_count(backend, labels_last):
+    """8 GB of addresses with hardly any memory behind them: pages that nothing wrote are all the same page of zeros."""
+    if sys.platform != "linux":
+        pytest.skip("needs memory that is not reserved")
+    not_reserved = 0x4000  # MAP_NORESERVE, a name that Python has only of late
+    labels, height, width = 313, 2624, 2624
+    assert labels * height * width > 2**31
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | not_reserved
+        memory = mmap.mmap(-1, labels * height * width * 4, flags=flags)
+    except OSError as error:
+        pytest.skip(str(error))
+    logits = torch.frombuffer(memory, dtype=torch.float32)
+    if labels_last:
+        logits = logits.reshape(1, height, width, labels).movedim(-1, 1)
+    else:
+        logits = logits.reshape(1, labels, height, width)
+    label, places = 300, ((0, 0), (height - 1, width - 1))
+    for y, x in places:
+        logits[0, label, y, x] = 50.0
+    with fastcolor.use_backend(backend.name):
+        ab = op.mean_field_annealed(logits, torch.zeros(1, 1, height, width), sweeps=0)
+    for y, x in places:
+        assert (ab[0, :, y, x] - JOINT.centers[label]).abs().max() <= 1e-3
+    grey = ab[0, :, 5, 5]
+    assert (ab[0, :, -1, :-1] == grey[:, None]).all() and (ab[0, :, 1000] == grey[:, None]).all()
+
+
+@on_kernels
+def test_strides_on_kernels(backend):
+    """Neither planes nor labels last: slices with steps, expanded, transposed, reversed in memory."""
+    whole, guides = (x.float() for x in problem((2, 10, 8, 24)))
+    for logits, guide in (
+        (whole[:, ::2, :, ::2], guides[..., ::2]),
+        (whole[:, :5, 3:], guides[:, :, 3:]),
+        (whole[:1, :5].expand(2, -1, -1, -1), guides[:1].expand(2, -1, -1, -1)),
+        (whole.transpose(2, 3)[:, :5], guides.transpose(2, 3)),
+        (whole[:, :5].contiguous(memory_format=torch.channels_last)[..., 1:], guides[..., 1:]),
+    ):
+        exact = mean_field(logits.double(), guide.double(), bins=SMALL, weight=0.1)
+        with fastcolor.use_backend(backend.name):
+            assert largest(mean_field(logits, guide, bins=SMALL, weight=0.1), exact) <= 5e-6
+
+
+@on_kernels
+def test_radius_beyond_the_image_on_kernels(backend):
+    for shape in ((1, 2, 3, 4), (1, 2, 1, 1), (1, 2, 1, 40)):
+        logits, guide = (x.float() for x in problem(shape))
+        for layout in LAYOUTS:
+            u = logits.contiguous(memory_format=layout)
+            with fastcolor.use_backend(backend.name):
+                near, far = (
+                    mean_field(u, guide, similarity="potts", radius=r) for r in (max(shape[2:]) - 1 or 1, 1000)
+                )
+            assert torch.equal(near, far)
 
 
 @on_kernels
