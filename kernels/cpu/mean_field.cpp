@@ -59,7 +59,7 @@ struct Job {
   float annealed_scale;  // log2(e) / T
   float curvature;       // of a quadratic similarity, else 0
   int64_t stride;        // floats from one plane of a row to the next
-  int64_t first_read;    // the update that is the first to read the logits
+  int64_t first_read;    // the update whose rows are the first to read the logits; the last one in the backward
   int64_t padded_width;
   bool large;  // marginals: no cache will keep them until they are read
   // backward only
@@ -81,6 +81,7 @@ struct Image {
   // backward only
   const void* grad;
   float *grad_logits, *grad_prior, *grad_guide;
+  float* sums;      // of grad_logits, as the tiles lie: planes get them when they are complete
   float* adjoints;  // pixel 0 of [updates + 1, 3, adjoint_ring, R, stride]
   int64_t adjoint_ring;
   float* scores(int64_t k, int64_t y) const { return states + (k * 2 * ring + y % ring) * row; }
@@ -327,8 +328,8 @@ class ThreadMemory {
 // What follows from a problem: tables, sizes, and the order in which rows are visited.
 class Plan {
  public:
-  Plan(const MeanFieldProblem& problem, const float* colors, float temperature, bool pairs = false,
-       bool factors = false)
+  Plan(const MeanFieldProblem& problem, const float* colors, float temperature, bool backward = false,
+       bool pairs = false, bool factors = false)
       : p(problem),
         kernel(kernels()),
         chunk(chunk_of(p.rank)),
@@ -361,7 +362,7 @@ class Plan {
               tables_.data(), row / stride, p.rank,       p.offsets, p.dy,
               p.dx,           p.space,    p.sharpness,    p.damping, p.checkerboard,
               updates,        unary_.data(), kLog2E / temperature, curvature, stride,
-              p.uniform ? 1 : 0, round_up(p.width, kColumns), large, pairs, factors, starts_.data()};
+              backward ? updates : int64_t(p.uniform), round_up(p.width, kColumns), large, pairs, factors, starts_.data()};
     // Whole images to each thread where they are many, else the columns of one.
     const int64_t blocks = (p.width + kColumns - 1) / kColumns;
     by_image_ = p.threads == 1 || p.batch % p.threads == 0 || p.batch >= 4 * p.threads;
@@ -503,11 +504,13 @@ void mean_field_backward(const MeanFieldProblem& p, const void* grad, const floa
                          const MeanFieldGradients& to) {
   const int64_t pixels = p.height * p.width;
   if (p.batch * pixels == 0) return;
-  Plan plan(p, nullptr, 1.0f, to.guide != nullptr, to.a != nullptr);
+  Plan plan(p, nullptr, 1.0f, true, to.guide != nullptr, to.a != nullptr);
   const int64_t state = (plan.updates + 1) * 2 * p.height * plan.row;
   const int64_t adjoint = (plan.updates + 1) * 3 * plan.ring * plan.row;
   std::vector<float> adjoints(plan.teams * adjoint);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
+  const int64_t tile_size = p.labels_last ? 0 : plan.tile_rows * plan.job.padded_width * p.labels;
+  const Buffer tiles(plan.teams * tile_size * bytes_of(p.storage)), sums(plan.teams * tile_size * 4);
   expect_writes(to.logits, p.batch * p.labels * pixels * 4);
   plan.visit(plan.kernel.backward(p.storage, p.labels_last, plan.chunk), true,
              [&](int64_t n, int64_t team, const float* guide) {
@@ -517,6 +520,9 @@ void mean_field_backward(const MeanFieldProblem& p, const void* grad, const floa
                image.states = const_cast<float*>(states) + n * state + plan.margin;  // the backward only reads them
                image.ring = p.height;
                image.row = plan.row;
+               image.tiles = tiles.data() + team * tile_size * bytes_of(p.storage);
+               image.tile_rows = plan.tile_rows;
+               image.sums = reinterpret_cast<float*>(sums.data()) + team * tile_size;
                image.grad = static_cast<const char*>(grad) + n * image_bytes;
                image.grad_logits = to.logits + n * p.labels * pixels;
                image.grad_prior = to.prior ? to.prior + n * p.rank * pixels : nullptr;

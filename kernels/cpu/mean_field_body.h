@@ -789,13 +789,14 @@ FC_INLINE V load_lanes(const T* p, const Lanes& lanes) {
 }
 
 template <typename T, int RC>
-FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k, int64_t y, const Lanes& lanes,
-                                   Scratch& scratch) {
+FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x,
+                                   const Lanes& lanes, Scratch& scratch) {
   const bool last = k == job.updates;
   const float c = job.unary[k];
   const int64_t plane = job.height * job.width, pixel = y * job.width + lanes.x, first = lanes.x + lanes.from;
-  const T* u = (const T*)image.logits + pixel;
-  int64_t step = plane;
+  const T* u = tile_of<T>(job, image, y, x);
+  float* sums = (float*)image.sums + (u - (const T*)image.tiles);  // of du, as the tiles lie
+  int64_t step = kLanes;
   if (c == 0) u = (const T*)job.zeros, step = 0;
   const float* h = image.scores(k, y) + first;
   const float* df = image.grad_f(k, y) + first;
@@ -822,7 +823,7 @@ FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k
         if (r0) {
           x = load(t + l * kLanes), y = load(s + l * kLanes);
         } else {
-          x = c * kLog2E * load_lanes(u + (table.first + l) * step, lanes);
+          x = c * kLog2E * load(u + (table.first + l) * step);
           y = last ? load_lanes((const T*)image.grad + (table.first + l) * plane + pixel, lanes) : V{};
         }
 #pragma GCC unroll 4
@@ -849,12 +850,16 @@ FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k
       const V dt = meant ? q * (load(s + l * kLanes) - mean) : V{};
       store(t + l * kLanes, q);
       store(s + l * kLanes, dt);
-      if (lanes.n == kLanes) {
-        store(du, last ? dt * c : load(du) + dt * c);
+      float* sum = sums + (table.first + l) * kLanes;
+      const V grad = last ? dt * c : load(sum) + dt * c;
+      if (k > 0) {
+        store(sum, grad);
+      } else if (lanes.n < kLanes) {
+        store_some(du, grad, lanes.from, lanes.n);
+      } else if (job.large) {
+        stream(du, grad);
       } else {
-        float some[kLanes];
-        store(some, dt * c);
-        for (int64_t i = 0; i < lanes.n; ++i) du[i] = (last ? 0.0f : du[i]) + some[lanes.from + i];
+        store(du, grad);
       }
     }
     for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
@@ -893,8 +898,10 @@ void pixel_row_backward(const Job& job, const Image& image, int64_t k, int64_t y
                         Scratch& scratch) {
   if (k < job.updates) scatter<RC>(job, image, k, y, x0, x1, scratch);
   for (int64_t x = x0; x < x1; x += kLanes) {
-    pixel_tile_backward<T, RC>(job, image, k, y, lanes_at(job, x, x1), scratch);
+    if (k == job.first_read && (x - x0) % (kTiles * kLanes) == 0) fill_tiles<T>(job, image, y, x, x1);
+    pixel_tile_backward<T, RC>(job, image, k, y, x, lanes_at(job, x, x1), scratch);
   }
+  if (k == 0) streamed();
   hand_on(job, image, k, y, x0, x1);
 }
 
