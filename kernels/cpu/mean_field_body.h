@@ -2,7 +2,8 @@
 
 constexpr int kPixels = kLanes == 16 ? 4 : 2;  // at a time, SIMD over labels: a table is loaded once for all of them
 
-constexpr int64_t kTerms = 20;  // of a sum that is added to others
+constexpr int64_t kTerms = 20;               // of a sum that is added to others
+constexpr int kGroup = kLanes == 16 ? 4 : 2;  // exponentials side by side: one by itself is a long chain of operations
 
 FC_INLINE I lane_numbers() {
   I lanes = {};
@@ -250,6 +251,18 @@ FC_INLINE void column_sums(const V (&f)[P][RC], int r, float (&out)[P]) {
   sums(column, out);
 }
 
+// q = e · scale of one pixel past the caches, in whole cache lines but for its ends. Takes the gap out of e.
+template <typename T>
+FC_INLINE void stream_labels(const Run& run, float* e, float scale, T* to) {
+  float* last = e + run.whole * kLanes;
+  if (run.whole < run.vectors) store(last, load(last + run.repeated));
+  constexpr int64_t kLine = sizeof(V) / sizeof(T);
+  int64_t l = (kLine - reinterpret_cast<uintptr_t>(to) / sizeof(T) % kLine) % kLine;
+  store_first(to, load(e) * scale, l);
+  for (; l + kLanes <= run.count; l += kLanes) stream(to + l, load(e + l) * scale);
+  store_first(to + l, load(e + l) * scale, run.count - l);
+}
+
 template <typename T, int RC, int P, bool kQuadratic>
 FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x, int64_t apart,
                             Scratch& scratch) {
@@ -315,6 +328,10 @@ FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64
         store_some(to, load(e) * inverse[p], 0, run.count);
         continue;
       }
+      if (kStreams<T> && job.large) {
+        stream_labels(run, scratch.t + p * run.vectors * kLanes, inverse[p], to);
+        continue;
+      }
       // before the whole ones, since its masked lanes are 0
       if (run.whole < run.vectors) store(to + run.count - kLanes, load(e + run.whole * kLanes) * inverse[p]);
       for (int64_t v = 0; v < run.whole; ++v) store(to + v * kLanes, load(e + v * kLanes) * inverse[p]);
@@ -350,6 +367,7 @@ void label_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t
     label_pixels<T, RC, kPixels, kQuadratic>(job, image, k, y, x, apart, scratch);
   }
   for (; x < x1; x += apart) label_pixels<T, RC, 1, kQuadratic>(job, image, k, y, x, apart, scratch);
+  if (k == job.updates) streamed();
 }
 
 // --- pixels side by side: SIMD over pixels ------------------------------------------------------------------------------
@@ -440,7 +458,7 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
       const float *a = table.a + r0, *labels = table.b;
       const auto scored = [&](int64_t l, V x) __attribute__((always_inline)) {
         if (kQuadratic) {
-          const V dx = labels[l * 3 + 1] - parabola.x, dy = labels[l * 3 + 2] - parabola.y;
+          const V dx = parabola.x - labels[l * 3 + 1], dy = parabola.y - labels[l * 3 + 2];
           x += parabola.slope * (dx * dx + dy * dy);
         } else {
 #pragma GCC unroll 4
@@ -460,19 +478,33 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
     const float* b = annealed ? table.colors : table.b;
     const T* ahead = next + table.first * next_step;
     const int64_t columns = annealed ? RC : job.rank;
+    V part, g[RC];
+    const auto exponentials_of = [&](int64_t l, auto& e, bool kept) __attribute__((always_inline)) {
+      constexpr int kCount = sizeof e / sizeof e[0];
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        __builtin_prefetch(ahead + (l + i) * next_step);
+        e[i] = load(t + (l + i) * kLanes) - most;
+      }
+      exp2_of(e);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        if (kept) store(t + (l + i) * kLanes, e[i]);
+        part += e[i];
+#pragma GCC unroll 4
+        for (int r = kQuadratic; r < RC; ++r) g[r] += e[i] * b[(l + i) * columns + r];
+      }
+    };
     const auto exponentials = [&](bool kept) __attribute__((always_inline)) {
       // sums of sums: one after the other, 313 terms would round off ten times as much
       for (int64_t first = 0; first < table.count; first += kTerms) {
         const int64_t end = std::min(first + kTerms, table.count);
-        V part = {}, g[RC] = {};
-        for (int64_t l = first; l < end; ++l) {
-          __builtin_prefetch(ahead + l * next_step);
-          const V e = exp2_of(load(t + l * kLanes) - most);
-          if (kept) store(t + l * kLanes, e);
-          part += e;
+        part = V{};
 #pragma GCC unroll 4
-          for (int r = kQuadratic; r < RC; ++r) g[r] += e * b[l * columns + r];
-        }
+        for (int r = 0; r < RC; ++r) g[r] = V{};
+        int64_t l = first;
+        for (V e[kGroup]; l + kGroup <= end; l += kGroup) exponentials_of(l, e, kept);
+        for (V e[1]; l < end; ++l) exponentials_of(l, e, kept);
         total += part;
 #pragma GCC unroll 4
         for (int r = kQuadratic; r < RC; ++r) f[r] += g[r];

@@ -63,11 +63,15 @@ FC_INLINE void store(Float16* p, V v) {
 FC_INLINE V maximum(V a, V b) { return a > b ? a : b; }
 #endif
 
+// Whether a vector of T can be a whole cache line.
+template <typename T>
+constexpr bool kStreams = FC_LANES == 16 && sizeof(T) == 4;
+
 // Past the caches where v is a whole cache line, else as `store`. Call `streamed` before others read.
 template <typename T>
 FC_INLINE void stream(T* p, V v) {
 #if FC_LANES == 16
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kStreams<T>) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return _mm512_stream_ps(p, v);
   }
 #endif
@@ -96,6 +100,15 @@ FC_INLINE void store_some(T* p, V v, int64_t from, int64_t n) {
   T all[kLanes];
   store(all, v);
   for (int64_t i = 0; i < n; ++i) p[i] = all[from + i];
+}
+
+// Stores the first n lanes, n < kLanes.
+template <typename T>
+FC_INLINE void store_first(T* p, V v, int64_t n) {
+#if FC_LANES == 16
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+#endif
+  store_some(p, v, 0, n);
 }
 
 #if FC_LANES == 16
