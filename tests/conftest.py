@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastcolor.ops import _backend
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, from every folder of tests
 
@@ -21,3 +24,17 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def simd(request):
+    """Each instruction set of the C++ kernels in turn, as far as this machine has it."""
+    native = _backend.native("_cpu")
+    if isinstance(native, str):
+        pytest.skip("no C++ kernels")
+    try:
+        native.use_simd(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.use_simd(os.environ.get("FASTCOLOR_SIMD", "auto").lower())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from fastcolor.ops import _backend
+
+every_simd = pytest.mark.usefixtures("simd")  # runs a test with each instruction set: see conftest.py
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ def test_dry_run(tmp_path):
     ran = dry_run(tmp_path / "results")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "passed  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
+    assert "passed  benchmark mean_field" in ran.stdout
     files = {path.name.partition("--")[0]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    assert set(files) == {"lab", "tests"}
+    assert set(files) == {"lab", "mean_field", "tests"}
     assert files["tests"]["pytest"]["failures"] == 0
     rows = files["lab"]["rows"]
     assert {r["op"] for r in rows} == {"rgb_to_lab", "lab_to_rgb"}

@@ -18,6 +18,7 @@ log = logging.getLogger("fastcolor")
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # fastest first, where several run on a device
 _ENVIRONMENT = "FASTCOLOR_BACKEND"
+_SIMD = "FASTCOLOR_SIMD"  # instruction set of the C++ kernels
 
 # Not thread-local: a plain module variable is what torch.compile can guard on, and the colorizer's threads share it.
 _forced: tuple[str, ...] = ()
@@ -80,9 +81,15 @@ def use_backend(*names: str) -> Iterator[None]:
 def native(module: str):
     """The compiled module `_cpu` or `_cuda`, or the reason why it is not there, as a string."""
     try:
-        return importlib.import_module(f"fastcolor.{module}")
+        loaded = importlib.import_module(f"fastcolor.{module}")
     except ImportError as error:
         return str(error)
+    if module == "_cpu" and os.environ.get(_SIMD):
+        try:
+            loaded.use_simd(os.environ[_SIMD].lower())
+        except ValueError as error:
+            raise BackendError(f"{_SIMD} {error}") from None
+    return loaded
 
 
 def missing(name: str) -> str | None:

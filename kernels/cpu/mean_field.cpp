@@ -1,6 +1,7 @@
 #include "cpu/mean_field.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -10,6 +11,9 @@
 #include "common/lab_math.h"
 #include "cpu/multiversion.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #if FC_HAS_MULTIVERSION
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of _mm512_undefined_ps in the header of GCC 12
@@ -20,6 +24,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896f;
+constexpr int64_t kLarge = 1 << 22;
 constexpr int64_t kColumns = 16;  // rows are cut between threads, and padded, in units of the widest vector
 
 struct Float16 {
@@ -31,7 +36,7 @@ struct BFloat16 {
 
 // Label tables of one axis, zero where R is rounded up. Labels side by side: [chunks][vectors][RC][lanes], the last
 // vector covering the last labels of the axis; pixels side by side: [count][R], colors [count][RC]. Colors begin in the
-// second column where the first column of B is all ones.
+// second column where the similarity is quadratic.
 struct Table {
   int64_t first, count;
   const float *a, *b, *colors;
@@ -52,7 +57,11 @@ struct Job {
   int64_t updates;       // k = 0 is the start
   const float* unary;    // [updates + 1], scores are t = unary · u + A H
   float annealed_scale;  // log2(e) / T
+  float curvature;       // of a quadratic similarity, else 0
   int64_t stride;        // floats from one plane of a row to the next
+  int64_t first_read;    // the update whose rows are the first to read the logits; the last one in the backward
+  int64_t padded_width;
+  bool large;  // marginals: no cache will keep them until they are read
   // backward only
   bool pairs, factors;          // whether gradients of weights and guide, and of A and B, are asked for
   const int64_t* table_starts;  // [axes] of a table in the sums of gradients
@@ -65,11 +74,14 @@ struct Image {
   const float* prior;  // [R, H, W] or null
   float* states;       // pixel 0 of [updates + 1, 2, ring, R, stride]
   int64_t ring, row;   // rows that are kept, floats in one
+  char* tiles;         // pixels side by side: copies of logits, [tile_rows, padded_width / lanes, K, lanes]
+  int64_t tile_rows;
   void* marginals;
   float* ab;
   // backward only
   const void* grad;
   float *grad_logits, *grad_prior, *grad_guide;
+  float* sums;      // of grad_logits, as the tiles lie: planes get them when they are complete
   float* adjoints;  // pixel 0 of [updates + 1, 3, adjoint_ring, R, stride]
   int64_t adjoint_ring;
   float* scores(int64_t k, int64_t y) const { return states + (k * 2 * ring + y % ring) * row; }
@@ -101,6 +113,20 @@ struct Scratch {
   float *grad_a, *grad_b;   // tables
 };
 
+// Bits of 2^(j / kSteps), less what j adds to them when n = kSteps · integer + j is shifted into the exponent. Filled
+// here, where no code for another instruction set can come in.
+template <int kSteps>
+struct Powers {
+  alignas(64) uint32_t bits[kSteps];
+  Powers() {
+    for (int j = 0; j < kSteps; ++j) {
+      const float power = float(std::exp2(j / double(kSteps)));
+      memcpy(bits + j, &power, sizeof power);
+      bits[j] -= uint32_t(j) * (uint32_t(1 << 23) / kSteps);
+    }
+  }
+};
+
 using RowFunction = void (*)(const Job&, const Image&, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch&);
 
 // The same code for each instruction set. Not target_clones: widths of vectors are types here.
@@ -112,6 +138,9 @@ namespace baseline {
 }  // namespace baseline
 
 #if FC_HAS_MULTIVERSION
+const Powers<8> powers_8;
+const Powers<32> powers_32;
+
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
@@ -135,36 +164,52 @@ namespace avx512 {
 
 struct Kernels {
   int lanes, pixels;
-  RowFunction (*forward)(Storage, bool labels_last, int columns, bool ones);
+  RowFunction (*forward)(Storage, bool labels_last, int columns, bool quadratic);
   RowFunction (*backward)(Storage, bool labels_last, int columns);
   void (*exponentials)(const float*, float*, int64_t);
 };
 
+#define FC_KERNELS(level) \
+  {level::kLanes, level::kPixels, level::forward_function, level::backward_function, level::exponentials}
+
 const Kernels& kernels() {
-  static const Kernels chosen = [] {
 #if FC_HAS_MULTIVERSION
-    if (__builtin_cpu_supports("x86-64-v4")) {
-      return Kernels{avx512::kLanes, avx512::kPixels, avx512::forward_function, avx512::backward_function, avx512::exponentials};
-    }
-    if (__builtin_cpu_supports("x86-64-v3")) {
-      return Kernels{avx2::kLanes, avx2::kPixels, avx2::forward_function, avx2::backward_function, avx2::exponentials};
-    }
+  static const Kernels of_avx512 = FC_KERNELS(avx512), of_avx2 = FC_KERNELS(avx2);
+  if (simd() == Simd::kAvx512) return of_avx512;
+  if (simd() == Simd::kAvx2) return of_avx2;
 #endif
-    return Kernels{baseline::kLanes, baseline::kPixels, baseline::forward_function, baseline::backward_function, baseline::exponentials};
-  }();
-  return chosen;
+  static const Kernels of_baseline = FC_KERNELS(baseline);
+  return of_baseline;
 }
+#undef FC_KERNELS
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Columns of A and B that a pass over the labels takes at once: 3 or 4, whichever wastes less.
 int chunk_of(int64_t rank) { return round_up(rank, 3) < round_up(rank, 4) ? 3 : 4; }
 
-// Whether the first column of B sums up q, as that of the quadratic similarity does: one of its three products less.
-bool has_ones(const MeanFieldProblem& p, int chunk) {
-  bool ones = chunk == 3 && p.axes == 1;
-  for (int64_t l = 0; l < p.labels; ++l) ones = ones && p.b[l * p.rank] == 1.0f;
-  return ones;
+// κ where the factors are B = [1, x, y], A = [−κ (x² + y²), 2 κ x, 2 κ y] up to their rounding, else 0. Then the first
+// column of B sums up q, one product less, and A H = −κ H₀ |(x, y) − (H₁, H₂) / H₀|² up to a term that all labels share:
+// as many products as A H, without its large terms that nearly cancel.
+float curvature_of(const MeanFieldProblem& p) {
+  if (p.rank != 3 || p.axes != 1) return 0.0f;
+  double below = 0, above = 0, most = 0;
+  for (int64_t l = 0; l < p.labels; ++l) {
+    const float *a = p.a + l * 3, *b = p.b + l * 3;
+    above -= a[0];
+    below += double(b[1]) * b[1] + double(b[2]) * b[2];
+    most = std::max({most, double(std::abs(a[0])), double(std::abs(a[1])), double(std::abs(a[2]))});
+  }
+  const double curvature = above / below, slack = 4 * std::numeric_limits<float>::epsilon();
+  bool quadratic = std::isfinite(curvature);
+  for (int64_t l = 0; l < p.labels; ++l) {
+    const float *a = p.a + l * 3, *b = p.b + l * 3;
+    const double squares = double(b[1]) * b[1] + double(b[2]) * b[2];
+    quadratic = quadratic && b[0] == 1.0f && std::abs(a[0] + curvature * squares) <= slack * most &&
+                std::abs(a[1] - 2 * curvature * b[1]) <= slack * most &&
+                std::abs(a[2] - 2 * curvature * b[2]) <= slack * most;
+  }
+  return quadratic ? float(curvature) : 0.0f;
 }
 
 int64_t updates_of(const MeanFieldProblem& p) { return p.sweeps * (p.checkerboard ? 2 : 1); }
@@ -179,6 +224,28 @@ int64_t stride_of(const MeanFieldProblem& p) { return round_up(p.width + 2 * mar
 
 int64_t bytes_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 2; }
 
+// Fresh memory costs a page fault every 4 KB, for a large result as much as the field itself: 60 ms for 160 MB. Huge
+// pages make that 15.
+void expect_writes([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + uintptr_t(bytes)) / kHuge * kHuge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+}
+
+// Memory that is written before it is read, from the start of a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : memory_(new char[bytes + kLine]) { expect_writes(data(), bytes); }
+  char* data() const { return memory_.get() + (kLine - reinterpret_cast<uintptr_t>(memory_.get()) % kLine) % kLine; }
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+  std::unique_ptr<char[]> memory_;
+};
+
 // The label of lane 0 of a vector: the last one covers the last labels.
 int64_t first_label(int64_t vector, int64_t count, int64_t lanes) {
   return std::max<int64_t>(0, std::min(vector * lanes, count - lanes));
@@ -187,7 +254,7 @@ int64_t first_label(int64_t vector, int64_t count, int64_t lanes) {
 // The tables of a problem, in the order that a kernel reads them.
 class Tables {
  public:
-  Tables(const MeanFieldProblem& p, const float* colors, int chunk, bool ones, int lanes) {
+  Tables(const MeanFieldProblem& p, const float* colors, int chunk, bool quadratic, int lanes) {
     const int64_t rank = round_up(p.rank, chunk);
     int64_t first = 0;
     for (int64_t axis = 0; axis < p.axes; ++axis) {
@@ -195,7 +262,7 @@ class Tables {
       Table table{first, count, nullptr, nullptr, nullptr};
       table.a = arrange(p.labels_last, p.a + first * p.rank, p.rank, 0, rank, count, chunk, lanes);
       table.b = arrange(p.labels_last, p.b + first * p.rank, p.rank, 0, rank, count, chunk, lanes);
-      if (colors) table.colors = arrange(p.labels_last, colors + first * 2, 2, ones, chunk, count, chunk, lanes);
+      if (colors) table.colors = arrange(p.labels_last, colors + first * 2, 2, quadratic, chunk, count, chunk, lanes);
       tables_.push_back(table);
       first += count;
     }
@@ -261,13 +328,13 @@ class ThreadMemory {
 // What follows from a problem: tables, sizes, and the order in which rows are visited.
 class Plan {
  public:
-  Plan(const MeanFieldProblem& problem, const float* colors, float temperature, bool pairs = false,
-       bool factors = false)
+  Plan(const MeanFieldProblem& problem, const float* colors, float temperature, bool backward = false,
+       bool pairs = false, bool factors = false)
       : p(problem),
         kernel(kernels()),
         chunk(chunk_of(p.rank)),
-        ones(has_ones(p, chunk)),
-        tables_(p, colors, chunk, ones, kernel.lanes),
+        curvature(curvature_of(p)),
+        tables_(p, colors, chunk, curvature != 0, kernel.lanes),
         zeros_(p.labels + kColumns),
         updates(updates_of(p)),
         margin(margin_of(p)),
@@ -280,6 +347,7 @@ class Plan {
     }
     for (int64_t o = 0; o < p.offsets; ++o) reach = std::max(reach, std::abs(p.dy[o]));
     ring = std::min(p.height, 2 * reach + 2);
+    tile_rows = std::min(p.height, updates * (reach + 1) + 1);
     if (factors) {
       for (int64_t axis = 0; axis < p.axes; ++axis) {
         starts_.push_back(table_floats);
@@ -289,11 +357,12 @@ class Plan {
       }
       if (!p.labels_last) for (auto& start : starts_) start /= kernel.lanes;
     }
+    const bool large = p.batch * p.labels * p.height * p.width * bytes_of(p.storage) >= kLarge;
     job = Job{zeros_.data(),  p.labels,   p.height,       p.width,  p.axes,
               tables_.data(), row / stride, p.rank,       p.offsets, p.dy,
               p.dx,           p.space,    p.sharpness,    p.damping, p.checkerboard,
-              updates,        unary_.data(), kLog2E / temperature, stride,  pairs,
-              factors,        starts_.data()};
+              updates,        unary_.data(), kLog2E / temperature, curvature, stride,
+              backward ? updates : int64_t(p.uniform), round_up(p.width, kColumns), large, pairs, factors, starts_.data()};
     // Whole images to each thread where they are many, else the columns of one.
     const int64_t blocks = (p.width + kColumns - 1) / kColumns;
     by_image_ = p.threads == 1 || p.batch % p.threads == 0 || p.batch >= 4 * p.threads;
@@ -378,7 +447,7 @@ class Plan {
   const MeanFieldProblem& p;
   const Kernels& kernel;
   const int chunk;
-  const bool ones;
+  const float curvature;
 
  private:
   const Tables tables_;
@@ -386,7 +455,7 @@ class Plan {
 
  public:
   const int64_t updates, margin, stride, row;
-  int64_t reach = 0, ring = 1, table_floats = 0, teams = 1;
+  int64_t reach = 0, ring = 1, tile_rows = 1, table_floats = 0, teams = 1;
   int threads = 1;
   Job job;
   std::vector<std::unique_ptr<ThreadMemory>> memory;
@@ -411,7 +480,10 @@ void mean_field(const MeanFieldProblem& p, void* marginals, const float* colors,
   const int64_t ring = states ? p.height : plan.ring, state = (plan.updates + 1) * 2 * ring * plan.row;
   std::vector<float> rings(states ? 0 : plan.teams * state);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
-  plan.visit(plan.kernel.forward(p.storage, p.labels_last, plan.chunk, plan.ones), false,
+  const int64_t tile_bytes = p.labels_last ? 0 : plan.tile_rows * plan.job.padded_width * p.labels * bytes_of(p.storage);
+  const Buffer tiles(plan.teams * tile_bytes);
+  if (marginals) expect_writes(marginals, p.batch * image_bytes);
+  plan.visit(plan.kernel.forward(p.storage, p.labels_last, plan.chunk, plan.curvature != 0), false,
              [&](int64_t n, int64_t team, const float* guide) {
                Image image{};
                image.logits = static_cast<const char*>(p.logits) + n * image_bytes;
@@ -420,6 +492,8 @@ void mean_field(const MeanFieldProblem& p, void* marginals, const float* colors,
                image.states = (states ? states + n * state : rings.data() + team * state) + plan.margin;
                image.ring = ring;
                image.row = plan.row;
+               image.tiles = tiles.data() + team * tile_bytes;
+               image.tile_rows = plan.tile_rows;
                image.marginals = marginals ? static_cast<char*>(marginals) + n * image_bytes : nullptr;
                image.ab = ab ? ab + n * 2 * pixels : nullptr;
                return image;
@@ -430,11 +504,14 @@ void mean_field_backward(const MeanFieldProblem& p, const void* grad, const floa
                          const MeanFieldGradients& to) {
   const int64_t pixels = p.height * p.width;
   if (p.batch * pixels == 0) return;
-  Plan plan(p, nullptr, 1.0f, to.guide != nullptr, to.a != nullptr);
+  Plan plan(p, nullptr, 1.0f, true, to.guide != nullptr, to.a != nullptr);
   const int64_t state = (plan.updates + 1) * 2 * p.height * plan.row;
   const int64_t adjoint = (plan.updates + 1) * 3 * plan.ring * plan.row;
   std::vector<float> adjoints(plan.teams * adjoint);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
+  const int64_t tile_size = p.labels_last ? 0 : plan.tile_rows * plan.job.padded_width * p.labels;
+  const Buffer tiles(plan.teams * tile_size * bytes_of(p.storage)), sums(plan.teams * tile_size * 4);
+  expect_writes(to.logits, p.batch * p.labels * pixels * 4);
   plan.visit(plan.kernel.backward(p.storage, p.labels_last, plan.chunk), true,
              [&](int64_t n, int64_t team, const float* guide) {
                Image image{};
@@ -443,6 +520,9 @@ void mean_field_backward(const MeanFieldProblem& p, const void* grad, const floa
                image.states = const_cast<float*>(states) + n * state + plan.margin;  // the backward only reads them
                image.ring = p.height;
                image.row = plan.row;
+               image.tiles = tiles.data() + team * tile_size * bytes_of(p.storage);
+               image.tile_rows = plan.tile_rows;
+               image.sums = reinterpret_cast<float*>(sums.data()) + team * tile_size;
                image.grad = static_cast<const char*>(grad) + n * image_bytes;
                image.grad_logits = to.logits + n * p.labels * pixels;
                image.grad_prior = to.prior ? to.prior + n * p.rank * pixels : nullptr;

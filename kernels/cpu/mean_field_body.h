@@ -2,6 +2,9 @@
 
 constexpr int kPixels = kLanes == 16 ? 4 : 2;  // at a time, SIMD over labels: a table is loaded once for all of them
 
+constexpr int64_t kTerms = 20;               // of a sum that is added to others
+constexpr int kGroup = kLanes == 16 ? 4 : 2;  // exponentials side by side: one by itself is a long chain of operations
+
 FC_INLINE I lane_numbers() {
   I lanes = {};
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
@@ -77,35 +80,85 @@ FC_INLINE Run run_of(int64_t count) {
   return {count, whole, vectors, count < kLanes ? 0 : vectors * kLanes - count};
 }
 
-// t = c u + A H of one chunk of columns, and its largest. The units are those of exp2: c and the scores have log2(e) in them.
-template <typename T, int RC, int P, bool kFirst>
-FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, const float* a, const float* h,
-                           float scale, int64_t plane, int64_t apart, float* t, V (&most)[P]) {
-  V at[P][RC];
+// What the field adds to the scores of P pixels: RC columns of A H.
+template <int RC, int P>
+struct LinearField {
+  const float* a;
+  V at[P][RC], columns[RC];
+  FC_INLINE LinearField(const float* a, const float* h, float scale, int64_t plane, int64_t apart) : a(a) {
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) {
-    most[p] = splat(-kInfinity);
+    for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int r = 0; r < RC; ++r) at[p][r] = splat(h[r * plane + p * apart] * scale);
+      for (int r = 0; r < RC; ++r) at[p][r] = splat(h[r * plane + p * apart] * scale);
+    }
   }
+  FC_INLINE void read(int64_t v) {
+#pragma GCC unroll 4
+    for (int r = 0; r < RC; ++r) columns[r] = load(a + (v * RC + r) * kLanes);
+  }
+  FC_INLINE V add(V t, int p) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < RC; ++r) t += columns[r] * at[p][r];
+    return t;
+  }
+};
+
+// −κ H₀ |(x, y) − (H₁, H₂) / H₀|². Where no neighbour is felt H₀ is 0; nan in H₁ and H₂ stays.
+template <typename F>
+struct Parabola {
+  F x, y, slope;
+  FC_INLINE Parabola() = default;
+  FC_INLINE Parabola(F h0, F h1, F h2, float curvature) {
+    const F size = h0 < 0.0f ? -h0 : h0;
+    const F inverse = size <= 1e-30f ? F{} : 1.0f / h0;
+    x = h1 * inverse, y = h2 * inverse, slope = h0 * -curvature;
+  }
+};
+
+template <int P>
+struct QuadraticField {
+  const float* b;
+  V x[P], y[P], slope[P], label_x, label_y;
+  FC_INLINE QuadraticField(const float* b, const float* h, float curvature, int64_t plane, int64_t apart) : b(b) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const float* at = h + p * apart;
+      const Parabola<float> field(at[0], at[plane], at[2 * plane], curvature);
+      x[p] = splat(field.x), y[p] = splat(field.y), slope[p] = splat(field.slope);
+    }
+  }
+  FC_INLINE void read(int64_t v) {
+    label_x = load(b + (v * 3 + 1) * kLanes);
+    label_y = load(b + (v * 3 + 2) * kLanes);
+  }
+  FC_INLINE V add(V t, int p) const {
+    const V dx = label_x - x[p], dy = label_y - y[p];
+    return t + slope[p] * (dx * dx + dy * dy);
+  }
+};
+
+// t = c u + what the field adds, or that added to t, and its largest. The units are those of exp2: c and the field have
+// log2(e) in them.
+template <typename T, int P, bool kFirst, typename Field>
+FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, Field field, float* t, V (&most)[P]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) most[p] = splat(-kInfinity);
   const int64_t length = run.vectors * kLanes;
   const V unary = splat(c);
   for (int64_t v = 0; v < run.whole; ++v) {
-    V columns[RC];  // read before t is written, which the compiler must take for the same memory
-#pragma GCC unroll 4
-    for (int r = 0; r < RC; ++r) columns[r] = load(a + (v * RC + r) * kLanes);
+    field.read(v);  // before t is written, which the compiler must take for the same memory
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       float* to = t + p * length + v * kLanes;
-      V x = kFirst ? unary * load(u + p * step + v * kLanes) : load(to);
-#pragma GCC unroll 4
-      for (int r = 0; r < RC; ++r) x += columns[r] * at[p][r];
+      const V x = field.add(kFirst ? unary * load(u + p * step + v * kLanes) : load(to), p);
       most[p] = maximum(x, most[p]);
       store(to, x);
     }
   }
   if (run.whole == run.vectors) return;
   const int64_t v = run.whole;
+  field.read(v);
+#pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
     float* to = t + p * length + v * kLanes;
     V x;
@@ -118,17 +171,29 @@ FC_INLINE void score_chunk(const Run& run, const T* u, int64_t step, float c, co
       x = unary * load(u + p * step + run.count - kLanes);
       x = lane_numbers() < int32_t(run.repeated) ? splat(-kInfinity) : x;
     }
-    for (int r = 0; r < RC; ++r) x += load(a + (v * RC + r) * kLanes) * at[p][r];
+    x = field.add(x, p);
     most[p] = maximum(x, most[p]);
     store(to, x);
   }
 }
 
-// e = 2^(t − max t), in place of t if it is to be kept, its sum, and Σ_l B[l] e_l of the first chunk. Where the first
-// column is all ones (kOnes) its sum is that of e.
-template <int RC, int P, bool kOnes>
-FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P], float* t, V (&total)[P],
-                         V (&f)[P][RC], bool keep) {
+template <typename T, int RC, int P>
+FC_INLINE void linear_scores(const Job& job, const Table& table, const Run& run, const T* u, int64_t step, float c,
+                             const float* h, float scale, int64_t apart, float* t, V (&most)[P]) {
+  const int64_t chunk = run.vectors * RC * kLanes;
+  score_chunk<T, P, true>(run, u, step, c, LinearField<RC, P>(table.a, h, scale, job.stride, apart), t, most);
+  for (int64_t r0 = RC; r0 < job.rank; r0 += RC) {
+    const LinearField<RC, P> field(table.a + r0 / RC * chunk, h + r0 * job.stride, scale, job.stride, apart);
+    score_chunk<T, P, false>(run, u, step, c, field, t, most);
+  }
+}
+
+// Logits of the next pixels are fetched here, where no load waits for memory.
+// e = 2^(t − max t), in place of t if it is to be kept, its sum, and Σ_l B[l] e_l of the first chunk. The first column
+// of a quadratic similarity is all ones: its sum is that of e.
+template <typename T, int RC, int P, bool kQuadratic, bool kKeep>
+FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P], const T* next, int64_t step, float* t,
+                         V (&total)[P], V (&f)[P][RC]) {
   const int64_t length = run.vectors * kLanes;
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
@@ -137,17 +202,23 @@ FC_INLINE void exp_chunk(const Run& run, const float* b, const float (&most)[P],
     for (int r = 0; r < RC; ++r) f[p][r] = V{};
   }
   for (int64_t v = 0; v < run.vectors; ++v) {
-    V columns[RC];
-#pragma GCC unroll 4
-    for (int r = kOnes; r < RC; ++r) columns[r] = load(b + (v * RC + r) * kLanes);
+    V e[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      float* at = t + p * length + v * kLanes;
-      const V e = exp2_of(load(at) - most[p]);
-      if (keep) store(at, e);
-      total[p] += e;
+      __builtin_prefetch(next + p * step + v * kLanes);
+      e[p] = load(t + p * length + v * kLanes) - most[p];
+    }
+    exp2_of(e);
 #pragma GCC unroll 4
-      for (int r = kOnes; r < RC; ++r) f[p][r] += e * columns[r];
+    for (int p = 0; p < P; ++p) {
+      if (kKeep) store(t + p * length + v * kLanes, e[p]);
+      total[p] += e[p];
+    }
+#pragma GCC unroll 4
+    for (int r = kQuadratic; r < RC; ++r) {
+      const V column = load(b + (v * RC + r) * kLanes);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) f[p][r] += e[p] * column;
     }
   }
 }
@@ -171,7 +242,28 @@ FC_INLINE void feature_chunk(const Run& run, const float* b, const float* e, V (
   }
 }
 
-template <typename T, int RC, int P, bool kOnes>
+// The sums of f[p][r] over lanes for one r.
+template <int RC, int P>
+FC_INLINE void column_sums(const V (&f)[P][RC], int r, float (&out)[P]) {
+  V column[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) column[p] = f[p][r];
+  sums(column, out);
+}
+
+// q = e · scale of one pixel past the caches, in whole cache lines but for its ends. Takes the gap out of e.
+template <typename T>
+FC_INLINE void stream_labels(const Run& run, float* e, float scale, T* to) {
+  float* last = e + run.whole * kLanes;
+  if (run.whole < run.vectors) store(last, load(last + run.repeated));
+  constexpr int64_t kLine = sizeof(V) / sizeof(T);
+  int64_t l = (kLine - reinterpret_cast<uintptr_t>(to) / sizeof(T) % kLine) % kLine;
+  store_first(to, load(e) * scale, l);
+  for (; l + kLanes <= run.count; l += kLanes) stream(to + l, load(e + l) * scale);
+  store_first(to + l, load(e + l) * scale, run.count - l);
+}
+
+template <typename T, int RC, int P, bool kQuadratic>
 FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x, int64_t apart,
                             Scratch& scratch) {
   const bool last = k == job.updates;
@@ -189,30 +281,40 @@ FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64
     const Run run = run_of(table.count);
     const int64_t chunk = run.vectors * RC * kLanes;
     V most[P];
-    score_chunk<T, RC, P, true>(run, u + table.first, step, c, table.a, h, scale, job.stride, apart, scratch.t,
-                                  most);
-    for (int64_t r0 = RC; r0 < job.rank; r0 += RC) {
-      score_chunk<T, RC, P, false>(run, nullptr, 0, c, table.a + r0 / RC * chunk, h + r0 * job.stride, scale,
-                                   job.stride, apart, scratch.t, most);
+    if constexpr (kQuadratic) {
+      const QuadraticField<P> field(table.b, h, job.curvature * scale, job.stride, apart);
+      score_chunk<T, P, true>(run, u, step, c, field, scratch.t, most);
+    } else {
+      linear_scores<T, RC, P>(job, table, run, u + table.first, step, c, h, scale, apart, scratch.t, most);
     }
-    float highest[P], inverse[P];
-    for (int p = 0; p < P; ++p) highest[p] = largest(most[p]);
+    float highest[P], inverse[P], column[P];
+    largests(most, highest);
     V total[P], f[P][RC];
-    const bool keep = q || job.rank > RC;
-    exp_chunk<RC, P, kOnes>(run, annealed ? table.colors : table.b, highest, scratch.t, total, f, keep);
-    for (int p = 0; p < P; ++p) inverse[p] = 1.0f / sum(total[p]);
+    const float* b = annealed ? table.colors : table.b;
+    const T* next = u + P * step + table.first;
+    if (q || job.rank > RC) {
+      exp_chunk<T, RC, P, kQuadratic, true>(run, b, highest, next, step, scratch.t, total, f);
+    } else {
+      exp_chunk<T, RC, P, kQuadratic, false>(run, b, highest, next, step, scratch.t, total, f);
+    }
+    sums(total, inverse);
+    for (int p = 0; p < P; ++p) inverse[p] = 1.0f / inverse[p];
     if (annealed) {
-      for (int p = 0; p < P; ++p) {
-        for (int d = 0; d < 2; ++d) result[p][d] += sum(f[p][d + kOnes]) * inverse[p];
+#pragma GCC unroll 2
+      for (int d = 0; d < 2; ++d) {
+        column_sums(f, d + kQuadratic, column);
+        for (int p = 0; p < P; ++p) result[p][d] += column[p] * inverse[p];
       }
     }
     if (features) {
       for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
         if (r0) feature_chunk<RC, P>(run, table.b + r0 / RC * chunk, scratch.t, f);
-        for (int p = 0; p < P; ++p) {
-          for (int r = 0; r < RC; ++r) {
+#pragma GCC unroll 4
+        for (int r = 0; r < RC; ++r) {
+          if (!(kQuadratic && r == 0)) column_sums(f, r, column);
+          for (int p = 0; p < P; ++p) {
             float& to = features[(r0 + r) * job.stride + p * apart];
-            const float expected = kOnes && r == 0 ? 1.0f : sum(f[p][r]) * inverse[p];
+            const float expected = kQuadratic && r == 0 ? 1.0f : column[p] * inverse[p];
             to = axis ? to + expected : expected;
           }
         }
@@ -224,6 +326,10 @@ FC_INLINE void label_pixels(const Job& job, const Image& image, int64_t k, int64
       const float* e = scratch.t + p * run.vectors * kLanes;
       if (run.count < kLanes) {
         store_some(to, load(e) * inverse[p], 0, run.count);
+        continue;
+      }
+      if (kStreams<T> && job.large) {
+        stream_labels(run, scratch.t + p * run.vectors * kLanes, inverse[p], to);
         continue;
       }
       // before the whole ones, since its masked lanes are 0
@@ -248,7 +354,7 @@ inline void carry_over(const Job& job, const Image& image, int64_t k, int64_t y,
   }
 }
 
-template <typename T, int RC, bool kOnes>
+template <typename T, int RC, bool kQuadratic>
 void label_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch& scratch) {
   if (k > 0) gather<RC>(job, image, k, y, x0, x1, scratch);
   int64_t apart = 1, x = x0;
@@ -258,9 +364,10 @@ void label_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t
     carry_over(job, image, k, y, x0, x1);
   }
   for (; x + (kPixels - 1) * apart < x1; x += kPixels * apart) {
-    label_pixels<T, RC, kPixels, kOnes>(job, image, k, y, x, apart, scratch);
+    label_pixels<T, RC, kPixels, kQuadratic>(job, image, k, y, x, apart, scratch);
   }
-  for (; x < x1; x += apart) label_pixels<T, RC, 1, kOnes>(job, image, k, y, x, apart, scratch);
+  for (; x < x1; x += apart) label_pixels<T, RC, 1, kQuadratic>(job, image, k, y, x, apart, scratch);
+  if (k == job.updates) streamed();
 }
 
 // --- pixels side by side: SIMD over pixels ------------------------------------------------------------------------------
@@ -281,16 +388,54 @@ FC_INLINE Lanes lanes_at(const Job& job, int64_t x, int64_t x1) {
   return lanes;
 }
 
-template <typename T, int RC, bool kOnes>
-FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t y, const Lanes& lanes,
+// Values of a row at the lanes that are meant, 0 elsewhere.
+FC_INLINE V at_lanes(const float* row, const Lanes& lanes) {
+  float some[kLanes] = {};
+  for (int64_t i = 0; i < lanes.n; ++i) some[lanes.from + i] = row[i];
+  return load(some);
+}
+
+// Logits of kLanes pixels at a time lie together in memory of our own from when a row is first read until it is last read:
+// planes lie pages apart, which no prefetcher follows, and at a power of two few of them share a cache.
+template <typename T>
+FC_INLINE T* tile_of(const Job& job, const Image& image, int64_t y, int64_t x) {
+  return (T*)image.tiles + ((y % image.tile_rows) * job.padded_width + x / kLanes * kLanes) * job.labels;
+}
+
+constexpr int64_t kTiles = 4;  // that are copied at once: whole lines of 16 bits, and neighbours of a page
+
+template <typename T>
+void fill_tiles(const Job& job, const Image& image, int64_t y, int64_t x, int64_t x1) {
+  Lanes lanes[kTiles];
+  int64_t count = 0;
+  for (; count < kTiles && x + count * kLanes < x1; ++count) lanes[count] = lanes_at(job, x + count * kLanes, x1);
+  T* to = tile_of<T>(job, image, y, x);
+  const T* from = (const T*)image.logits + y * job.width;
+  for (int64_t l = 0; l < job.labels; ++l, to += kLanes, from += job.height * job.width) {
+    for (int64_t i = 0; i < count; ++i) {
+      T* tile = to + i * job.labels * kLanes;
+      if (lanes[i].whole) {
+        memcpy(tile, from + lanes[i].x, sizeof(T) * kLanes);
+      } else {
+        for (int64_t n = 0; n < kLanes; ++n) tile[n] = n < lanes[i].n ? from[lanes[i].x + n] : T{};
+      }
+    }
+  }
+}
+
+template <typename T, int RC, bool kQuadratic>
+FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x, const Lanes& lanes,
                           Scratch& scratch) {
   const bool last = k == job.updates;
   const bool annealed = last && image.ab;
   const float scale = annealed ? job.annealed_scale : kLog2E, c = job.unary[k] * scale;
   const V unary = splat(c);
-  int64_t plane = job.height * job.width;
-  const T* u = (const T*)image.logits + y * job.width + lanes.x;
-  if (c == 0) u = (const T*)job.zeros, plane = 0;
+  const T* u = tile_of<T>(job, image, y, x);
+  const bool from_planes = k == job.first_read;  // so are the tiles after this one and those that are copied with it
+  const T* next = from_planes ? (const T*)image.logits + y * job.width + x + kTiles * kLanes : u + job.labels * kLanes;
+  const int64_t next_step = from_planes ? job.height * job.width : kLanes;
+  int64_t step = kLanes;
+  if (c == 0) u = (const T*)job.zeros, step = 0;
   const int64_t first = lanes.x + lanes.from;
   const float* scores = image.scores(k, y) + first;
   float* features = last ? nullptr : image.features(k, y) + first;
@@ -304,42 +449,65 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
     for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
       V h[RC];
 #pragma GCC unroll 4
-      for (int r = 0; r < RC; ++r) {
-        float some[kLanes] = {};
-        for (int64_t i = 0; i < lanes.n; ++i) some[lanes.from + i] = scores[(r0 + r) * job.stride + i];
-        h[r] = load(some) * scale;
-      }
-      most = splat(-kInfinity);
-      const float* a = table.a + r0;
-      const auto scored = [&](int64_t l, V x) __attribute__((always_inline)) {
+      for (int r = 0; r < RC; ++r) h[r] = at_lanes(scores + (r0 + r) * job.stride, lanes);
+      Parabola<V> parabola;
+      if (kQuadratic) parabola = Parabola<V>(h[0], h[1], h[2], job.curvature * scale);
 #pragma GCC unroll 4
-        for (int r = 0; r < RC; ++r) x += a[l * job.rank + r] * h[r];
+      for (int r = 0; r < RC; ++r) h[r] *= scale;
+      most = splat(-kInfinity);
+      const float *a = table.a + r0, *labels = table.b;
+      const auto scored = [&](int64_t l, V x) __attribute__((always_inline)) {
+        if (kQuadratic) {
+          const V dx = parabola.x - labels[l * 3 + 1], dy = parabola.y - labels[l * 3 + 2];
+          x += parabola.slope * (dx * dx + dy * dy);
+        } else {
+#pragma GCC unroll 4
+          for (int r = 0; r < RC; ++r) x += a[l * job.rank + r] * h[r];
+        }
         most = maximum(x, most);
         store(t + l * kLanes, x);
       };
-      const T* from = u + table.first * plane;
+      const T* from = u + table.first * step;
       if (r0 > 0) {
         for (int64_t l = 0; l < table.count; ++l) scored(l, load(t + l * kLanes));
-      } else if (lanes.whole) {
-        for (int64_t l = 0; l < table.count; ++l) {
-          // planes lie pages apart, which no prefetcher follows
-          __builtin_prefetch(from + l * plane + kLanes);
-          scored(l, unary * load(from + l * plane));
-        }
       } else {
-        for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load_some(from + l * plane, lanes.n, 0.0f));
+        for (int64_t l = 0; l < table.count; ++l) scored(l, unary * load(from + l * step));
       }
     }
     V total = {}, f[RC] = {};
     const float* b = annealed ? table.colors : table.b;
+    const T* ahead = next + table.first * next_step;
     const int64_t columns = annealed ? RC : job.rank;
-    const auto exponentials = [&](bool kept) __attribute__((always_inline)) {
-      for (int64_t l = 0; l < table.count; ++l) {
-        const V e = exp2_of(load(t + l * kLanes) - most);
-        if (kept) store(t + l * kLanes, e);
-        total += e;
+    V part, g[RC];
+    const auto exponentials_of = [&](int64_t l, auto& e, bool kept) __attribute__((always_inline)) {
+      constexpr int kCount = sizeof e / sizeof e[0];
 #pragma GCC unroll 4
-        for (int r = kOnes; r < RC; ++r) f[r] += e * b[l * columns + r];
+      for (int i = 0; i < kCount; ++i) {
+        __builtin_prefetch(ahead + (l + i) * next_step);
+        e[i] = load(t + (l + i) * kLanes) - most;
+      }
+      exp2_of(e);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        if (kept) store(t + (l + i) * kLanes, e[i]);
+        part += e[i];
+#pragma GCC unroll 4
+        for (int r = kQuadratic; r < RC; ++r) g[r] += e[i] * b[(l + i) * columns + r];
+      }
+    };
+    const auto exponentials = [&](bool kept) __attribute__((always_inline)) {
+      // sums of sums: one after the other, 313 terms would round off ten times as much
+      for (int64_t first = 0; first < table.count; first += kTerms) {
+        const int64_t end = std::min(first + kTerms, table.count);
+        part = V{};
+#pragma GCC unroll 4
+        for (int r = 0; r < RC; ++r) g[r] = V{};
+        int64_t l = first;
+        for (V e[kGroup]; l + kGroup <= end; l += kGroup) exponentials_of(l, e, kept);
+        for (V e[1]; l < end; ++l) exponentials_of(l, e, kept);
+        total += part;
+#pragma GCC unroll 4
+        for (int r = kQuadratic; r < RC; ++r) f[r] += g[r];
       }
     };
     if (keep) {
@@ -349,34 +517,43 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
     }
     const V inverse = 1.0f / total;
     if (annealed) {
-      for (int d = 0; d < 2; ++d) result[d] += f[d + kOnes] * inverse;
+      for (int d = 0; d < 2; ++d) result[d] += f[d + kQuadratic] * inverse;
     }
     if (features) {
       for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
         if (r0) {
           for (int r = 0; r < RC; ++r) f[r] = V{};
-          for (int64_t l = 0; l < table.count; ++l) {
-            const V e = load(t + l * kLanes);
+          for (int64_t first = 0; first < table.count; first += kTerms) {
+            const int64_t end = std::min(first + kTerms, table.count);
+            V g[RC] = {};
+            for (int64_t l = first; l < end; ++l) {
+              const V e = load(t + l * kLanes);
 #pragma GCC unroll 4
-            for (int r = 0; r < RC; ++r) f[r] += e * b[l * columns + r0 + r];
+              for (int r = 0; r < RC; ++r) g[r] += e * b[l * columns + r0 + r];
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < RC; ++r) f[r] += g[r];
           }
         }
         for (int r = 0; r < RC; ++r) {
           float some[kLanes];
-          store(some, kOnes && r == 0 ? splat(1.0f) : f[r] * inverse);
+          store(some, kQuadratic && r == 0 ? splat(1.0f) : f[r] * inverse);
           float* to = features + (r0 + r) * job.stride;
           for (int64_t i = 0; i < lanes.n; ++i) to[i] = (axis ? to[i] : 0.0f) + some[lanes.from + i];
         }
       }
     }
     if (!q) continue;
-    T* to = q + table.first * job.height * job.width;
-    for (int64_t l = 0; l < table.count; ++l) {
+    const int64_t plane = job.height * job.width;
+    T* to = q + table.first * plane;
+    for (int64_t l = 0; l < table.count; ++l, to += plane) {
       const V x = load(t + l * kLanes) * inverse;
-      if (lanes.n == kLanes) {
-        store(to + l * job.height * job.width, x);
+      if (lanes.n < kLanes) {
+        store_some(to, x, lanes.from, lanes.n);
+      } else if (job.large) {
+        stream(to, x);
       } else {
-        store_some(to + l * job.height * job.width, x, lanes.from, lanes.n);
+        store(to, x);
       }
     }
   }
@@ -386,13 +563,15 @@ FC_INLINE void pixel_tile(const Job& job, const Image& image, int64_t k, int64_t
   }
 }
 
-template <typename T, int RC, bool kOnes>
+template <typename T, int RC, bool kQuadratic>
 void pixel_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch& scratch) {
   if (k > 0) gather<RC>(job, image, k, y, x0, x1, scratch);
   for (int64_t x = x0; x < x1; x += kLanes) {
-    pixel_tile<T, RC, kOnes>(job, image, k, y, lanes_at(job, x, x1), scratch);
+    if (k == job.first_read && (x - x0) % (kTiles * kLanes) == 0) fill_tiles<T>(job, image, y, x, x1);
+    pixel_tile<T, RC, kQuadratic>(job, image, k, y, x, lanes_at(job, x, x1), scratch);
   }
   if (job.checkerboard && k > 0 && k < job.updates) carry_over(job, image, k, y, x0, x1);
+  if (k == job.updates) streamed();
 }
 
 // --- backward: from the gradient of q at the last update to those of logits, H and F, down to the start --------------------
@@ -509,12 +688,7 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
     const int64_t tail = run.count < kLanes ? 0 : run.count - kLanes;  // first label of the last vector
     float *t = scratch.t, *s = scratch.s;
     V most[P];
-    score_chunk<T, RC, P, true>(run, u + table.first, step, c * kLog2E, table.a, h, kLog2E, job.stride, apart, t,
-                                most);
-    for (int64_t r0 = RC; r0 < job.rank; r0 += RC) {
-      score_chunk<T, RC, P, false>(run, nullptr, 0, c, table.a + r0 / RC * chunk, h + r0 * job.stride, kLog2E,
-                                   job.stride, apart, t, most);
-    }
+    linear_scores<T, RC, P>(job, table, run, u + table.first, step, c * kLog2E, h, kLog2E, apart, t, most);
     // s = dL/dq
     if (last) {
       const T* g = (const T*)image.grad + pixel + table.first;
@@ -548,8 +722,8 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
       }
     }
     V total[P] = {}, dot[P] = {};
-    float highest[P], inverse[P], mean[P];
-    for (int p = 0; p < P; ++p) highest[p] = largest(most[p]);
+    float highest[P], inverse[P], mean[P], column[P];
+    largests(most, highest);
     for (int64_t v = 0; v < run.vectors; ++v) {
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
@@ -560,9 +734,11 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
         dot[p] += e * load(s + at);
       }
     }
+    sums(total, inverse);
+    sums(dot, mean);
     for (int p = 0; p < P; ++p) {
-      inverse[p] = 1.0f / sum(total[p]);
-      mean[p] = sum(dot[p]) * inverse[p];
+      inverse[p] = 1.0f / inverse[p];
+      mean[p] *= inverse[p];
     }
     // q in place of t, dt in place of s; du is written by the last update and added to by those before it
     float* du = image.grad_logits + pixel + table.first;
@@ -591,10 +767,12 @@ FC_INLINE void label_pixels_backward(const Job& job, const Image& image, int64_t
     for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
       V f[P][RC];
       feature_chunk<RC, P>(run, table.a + r0 / RC * chunk, s, f);
-      for (int p = 0; p < P; ++p) {
-        for (int r = 0; r < RC; ++r) {
+#pragma GCC unroll 4
+      for (int r = 0; r < RC; ++r) {
+        column_sums(f, r, column);
+        for (int p = 0; p < P; ++p) {
           float& to = dh[(r0 + r) * job.stride + p * apart];
-          to = (axis ? to : 0.0f) + sum(f[p][r]);
+          to = (axis ? to : 0.0f) + column[p];
         }
       }
       if (!job.factors) continue;
@@ -637,26 +815,20 @@ void label_row_backward(const Job& job, const Image& image, int64_t k, int64_t y
   hand_on(job, image, k, y, x0, x1);
 }
 
-// Values of a row at the lanes that are meant, 0 elsewhere.
-FC_INLINE V at_lanes(const float* row, const Lanes& lanes) {
-  float some[kLanes] = {};
-  for (int64_t i = 0; i < lanes.n; ++i) some[lanes.from + i] = row[i];
-  return load(some);
-}
-
 template <typename T>
 FC_INLINE V load_lanes(const T* p, const Lanes& lanes) {
   return lanes.whole ? load(p) : load_some(p, lanes.n, 0.0f);
 }
 
 template <typename T, int RC>
-FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k, int64_t y, const Lanes& lanes,
-                                   Scratch& scratch) {
+FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x,
+                                   const Lanes& lanes, Scratch& scratch) {
   const bool last = k == job.updates;
   const float c = job.unary[k];
   const int64_t plane = job.height * job.width, pixel = y * job.width + lanes.x, first = lanes.x + lanes.from;
-  const T* u = (const T*)image.logits + pixel;
-  int64_t step = plane;
+  const T* u = tile_of<T>(job, image, y, x);
+  float* sums = (float*)image.sums + (u - (const T*)image.tiles);  // of du, as the tiles lie
+  int64_t step = kLanes;
   if (c == 0) u = (const T*)job.zeros, step = 0;
   const float* h = image.scores(k, y) + first;
   const float* df = image.grad_f(k, y) + first;
@@ -683,7 +855,7 @@ FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k
         if (r0) {
           x = load(t + l * kLanes), y = load(s + l * kLanes);
         } else {
-          x = c * kLog2E * load_lanes(u + (table.first + l) * step, lanes);
+          x = c * kLog2E * load(u + (table.first + l) * step);
           y = last ? load_lanes((const T*)image.grad + (table.first + l) * plane + pixel, lanes) : V{};
         }
 #pragma GCC unroll 4
@@ -710,12 +882,16 @@ FC_INLINE void pixel_tile_backward(const Job& job, const Image& image, int64_t k
       const V dt = meant ? q * (load(s + l * kLanes) - mean) : V{};
       store(t + l * kLanes, q);
       store(s + l * kLanes, dt);
-      if (lanes.n == kLanes) {
-        store(du, last ? dt * c : load(du) + dt * c);
+      float* sum = sums + (table.first + l) * kLanes;
+      const V grad = last ? dt * c : load(sum) + dt * c;
+      if (k > 0) {
+        store(sum, grad);
+      } else if (lanes.n < kLanes) {
+        store_some(du, grad, lanes.from, lanes.n);
+      } else if (job.large) {
+        stream(du, grad);
       } else {
-        float some[kLanes];
-        store(some, dt * c);
-        for (int64_t i = 0; i < lanes.n; ++i) du[i] = (last ? 0.0f : du[i]) + some[lanes.from + i];
+        store(du, grad);
       }
     }
     for (int64_t r0 = 0; r0 < job.rank; r0 += RC) {
@@ -754,8 +930,10 @@ void pixel_row_backward(const Job& job, const Image& image, int64_t k, int64_t y
                         Scratch& scratch) {
   if (k < job.updates) scatter<RC>(job, image, k, y, x0, x1, scratch);
   for (int64_t x = x0; x < x1; x += kLanes) {
-    pixel_tile_backward<T, RC>(job, image, k, y, lanes_at(job, x, x1), scratch);
+    if (k == job.first_read && (x - x0) % (kTiles * kLanes) == 0) fill_tiles<T>(job, image, y, x, x1);
+    pixel_tile_backward<T, RC>(job, image, k, y, x, lanes_at(job, x, x1), scratch);
   }
+  if (k == 0) streamed();
   hand_on(job, image, k, y, x0, x1);
 }
 
@@ -776,18 +954,18 @@ inline RowFunction backward_function(Storage storage, bool labels_last, int colu
   }
 }
 
-template <int RC, bool kOnes>
+template <int RC, bool kQuadratic>
 RowFunction forward_of(Storage storage, bool labels_last) {
   switch (storage) {
-    case Storage::kFloat16: return labels_last ? label_row<Float16, RC, kOnes> : pixel_row<Float16, RC, kOnes>;
-    case Storage::kBFloat16: return labels_last ? label_row<BFloat16, RC, kOnes> : pixel_row<BFloat16, RC, kOnes>;
-    default: return labels_last ? label_row<float, RC, kOnes> : pixel_row<float, RC, kOnes>;
+    case Storage::kFloat16: return labels_last ? label_row<Float16, RC, kQuadratic> : pixel_row<Float16, RC, kQuadratic>;
+    case Storage::kBFloat16: return labels_last ? label_row<BFloat16, RC, kQuadratic> : pixel_row<BFloat16, RC, kQuadratic>;
+    default: return labels_last ? label_row<float, RC, kQuadratic> : pixel_row<float, RC, kQuadratic>;
   }
 }
 
-inline RowFunction forward_function(Storage storage, bool labels_last, int columns, bool ones) {
+inline RowFunction forward_function(Storage storage, bool labels_last, int columns, bool quadratic) {
   if (columns == 4) return forward_of<4, false>(storage, labels_last);
-  return ones ? forward_of<3, true>(storage, labels_last) : forward_of<3, false>(storage, labels_last);
+  return quadratic ? forward_of<3, true>(storage, labels_last) : forward_of<3, false>(storage, labels_last);
 }
 
 inline void exponentials(const float* x, float* out, int64_t n) {

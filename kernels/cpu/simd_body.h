@@ -63,6 +63,26 @@ FC_INLINE void store(Float16* p, V v) {
 FC_INLINE V maximum(V a, V b) { return a > b ? a : b; }
 #endif
 
+// Whether a vector of T can be a whole cache line.
+template <typename T>
+constexpr bool kStreams = FC_LANES == 16 && sizeof(T) == 4;
+
+// Past the caches where v is a whole cache line, else as `store`. Call `streamed` before others read.
+template <typename T>
+FC_INLINE void stream(T* p, V v) {
+#if FC_LANES == 16
+  if constexpr (kStreams<T>) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return _mm512_stream_ps(p, v);
+  }
+#endif
+  store(p, v);
+}
+FC_INLINE void streamed() {
+#if FC_LANES == 16
+  _mm_sfence();
+#endif
+}
+
 // The first n of kLanes values; the others are `rest`.
 template <typename T>
 FC_INLINE V load_some(const T* p, int64_t n, float rest) {
@@ -80,6 +100,15 @@ FC_INLINE void store_some(T* p, V v, int64_t from, int64_t n) {
   T all[kLanes];
   store(all, v);
   for (int64_t i = 0; i < n; ++i) p[i] = all[from + i];
+}
+
+// Stores the first n lanes, n < kLanes.
+template <typename T>
+FC_INLINE void store_first(T* p, V v, int64_t n) {
+#if FC_LANES == 16
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+#endif
+  store_some(p, v, 0, n);
 }
 
 #if FC_LANES == 16
@@ -102,7 +131,37 @@ FC_INLINE float largest(V v) {
 }
 #endif
 
-// 2^x for x <= 0; 0 below -127, and nan stays. Max relative error 2.5e-7 above -126 (test_mean_field.py: test_exp2_bound).
+// The sum, or the largest lane, of each of P vectors.
+template <int P>
+FC_INLINE void sums(const V (&v)[P], float (&out)[P]) {
+  for (int p = 0; p < P; ++p) out[p] = sum(v[p]);
+}
+template <int P>
+FC_INLINE void largests(const V (&v)[P], float (&out)[P]) {
+  for (int p = 0; p < P; ++p) out[p] = largest(v[p]);
+}
+#if FC_LANES == 16
+// Four at once take a third of the instructions of four by themselves.
+template <typename Join>
+FC_INLINE void fold(const V (&v)[4], float (&out)[4], Join join) {
+  const V ab = join(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const V cd = join(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const V x = join(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));  // a b c d in each quarter
+  const V y = join(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  const V z = join(y, _mm512_shuffle_f32x4(y, y, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(z));
+}
+FC_INLINE void sums(const V (&v)[4], float (&out)[4]) {
+  fold(v, out, [](V a, V b) __attribute__((always_inline)) -> V { return a + b; });
+}
+FC_INLINE void largests(const V (&v)[4], float (&out)[4]) {
+  fold(v, out, [](V a, V b) __attribute__((always_inline)) -> V { return maximum(a, b); });
+}
+#endif
+
+// 2^x for x <= 0; 0 at -127 and below, at most 2^-126 from there to -126, and nan stays. Max relative error 2.5e-7 above
+// -126 (test_mean_field.py: test_exp2_bound).
+#if FC_LANES == 4
 FC_INLINE V exp2_of(V x) {
   const V magic = splat(12582912.0f + 127.0f);  // 1.5 · 2^23: what is added to it is rounded to an integer
   x = maximum(splat(-127.0f), x);
@@ -116,3 +175,51 @@ FC_INLINE V exp2_of(V x) {
   e = e * f + 1.00000007f;
   return e * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
 }
+template <int P>
+FC_INLINE void exp2_of(V (&x)[P]) {
+  for (int i = 0; i < P; ++i) x[i] = exp2_of(x[i]);
+}
+#else
+// 2^(n / steps) · 2^f, the first from a table of one or two registers: multiplications are what bounds the passes over
+// the labels, and a table leaves half of them to the polynomial. n / steps may go below -126 only to -127, where the sum
+// of bits is 0.
+template <int P>
+FC_INLINE void exp2_of(V (&x)[P]) {
+  constexpr int kShift = FC_LANES == 16 ? 18 : 20;  // 23 - log2(steps)
+  const V magic = splat(1.5f * (1 << kShift));      // what is added to it is rounded to 1 / steps
+  V z[P];
+  U power[P];
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) x[i] = maximum(splat(-127.0f), x[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) z[i] = x[i] + magic;
+#if FC_LANES == 16
+  const __m512i low = _mm512_load_si512(powers_32.bits), high = _mm512_load_si512(powers_32.bits + 16);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) power[i] = (U)_mm512_permutex2var_epi32(low, (__m512i)z[i], high);
+#else
+  const __m256i table = _mm256_load_si256((const __m256i*)powers_8.bits);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) power[i] = (U)_mm256_permutevar8x32_epi32(table, (__m256i)z[i]);
+#endif
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) {
+    power[i] += (U)z[i] << kShift;
+    x[i] -= z[i] - magic;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) {
+#if FC_LANES == 16
+    const V p = 0.240226492f * x[i] + 0.693157315f;
+#else
+    const V p = (0.0554962233f * x[i] + 0.240257636f) * x[i] + 0.693147242f;
+#endif
+    x[i] = (V)power[i] + (V)power[i] * (p * x[i]);
+  }
+}
+FC_INLINE V exp2_of(V x) {
+  V one[1] = {x};
+  exp2_of(one);
+  return one[0];
+}
+#endif

@@ -90,3 +90,26 @@ def test_a_typing_error_in_the_environment(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout == "imported\n" and run.returncode == 1
     assert "FASTCOLOR_BACKEND: no backend is called 'fast'; there are cuda, triton, cpp, reference" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("baseline", "baseline\n"),
+        ("Auto", None),
+        ("sse", "BackendError: FASTCOLOR_SIMD must be auto, avx512, avx2 or baseline, got 'sse'"),
+    ],
+)
+def test_instruction_set_of_the_environment(value, expected):
+    if _backend.missing("cpp"):
+        pytest.skip("no C++ kernels")
+    code = (
+        "import torch, fastcolor; from fastcolor.ops import _backend; fastcolor.rgb_to_lab(torch.zeros(3, 1, 1)); "
+        "print(_backend.native('_cpu').simd_level())"
+    )
+    environment = {**os.environ, "FASTCOLOR_SIMD": value}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if value == "sse":
+        assert run.returncode == 1 and expected in run.stderr
+    else:
+        assert run.returncode == 0 and run.stdout in ([expected] if expected else ["AVX-512\n", "AVX2\n", "baseline\n"])

@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from helpers import available, largest_error
+from helpers import available, every_simd, largest_error
 
 import fastcolor
 from fastcolor.ops import _backend
@@ -76,6 +76,7 @@ def test_reference_is_scikit_image():
     assert largest_error(reference.lab_to_rgb(lab, channels_last=True), back) < 1e-10
 
 
+@every_simd
 @both
 @pytest.mark.parametrize("layout", ["planar", "interleaved", "strided"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -99,6 +100,7 @@ def test_channels_last_is_the_same(backend, layout):
             assert largest_error(last.movedim(-1, -3), convert(planar)) <= 1e-6 * 100
 
 
+@every_simd
 @both
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -119,6 +121,7 @@ def test_integers(backend, dtype, channels_last):
     assert off.max() <= (0 if dtype == torch.uint8 else 1) and (off > 0).float().mean() <= 1e-3
 
 
+@every_simd
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(backend, dtype):
@@ -132,6 +135,7 @@ def test_half_precision(backend, dtype):
     assert largest_error(to_rgb, reference.lab_to_rgb(lab.double())) <= 1e-5 + torch.finfo(dtype).eps / 2
 
 
+@every_simd
 @both
 @pytest.mark.parametrize("gamut", ["clip", "preserve_lightness"])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -187,6 +191,7 @@ def test_gradient_of_the_gamut_scale_by_differences():
         assert abs(gradient[place] - numeric) <= 1e-4
 
 
+@every_simd
 @both
 def test_preserve_lightness(backend):
     """L and hue stay, chroma never grows, colours inside are not touched."""
@@ -209,6 +214,7 @@ def test_preserve_lightness(backend):
     assert touches.max() < 2e-3  # no more is taken away than needed
 
 
+@every_simd
 @both
 def test_nan_and_out_of_range(backend):
     lab = torch.tensor([float("nan"), 0.0, 0.0]).reshape(3, 1, 1)
@@ -226,6 +232,7 @@ def address(tensor):
     return tensor.data_ptr()
 
 
+@every_simd
 @cpp
 def test_cube_root_bound():
     """The bound beside inverse_cbrt in lab_math.h: 4e-7 relative, over four million points."""
@@ -236,6 +243,7 @@ def test_cube_root_bound():
     assert ((out.double() - exact).abs() / exact).max() <= 4e-7
 
 
+@every_simd
 @cpp
 def test_power_bound():
     """The bounds beside power and the sRGB transfer in lab_math.h, over four million points each."""

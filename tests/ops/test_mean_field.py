@@ -3,12 +3,14 @@
 import inspect
 import itertools
 import math
+import mmap
+import sys
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from helpers import available
+from helpers import available, every_simd
 
 import fastcolor
 from fastcolor.bins import ColorBins
@@ -357,6 +359,7 @@ def test_strides(layout):
     check(logits, guide, "quadratic", bins=SMALL)
 
 
+@every_simd
 @pytest.mark.parametrize("dtype, step", [(torch.float32, 2e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 def test_types(dtype, step):
     """Arithmetic in float32: the result is the exact one, rounded once (by half a step of 16 bits at 1)."""
@@ -411,34 +414,85 @@ def test_input_is_left_alone():
 # ---- against pydensecrf ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight, sigma_space, sigma_light", [(0.05, 4.0, 10.0), (0.1, 6.0, 20.0), (0.02, 8.0, 10.0)])
+def lattice_field(logits, grey, weight, sigma_space, sigma_light, sweeps):
+    """pydensecrf's marginals [K, H W] in float64, of logits [K, H, W] and an image of three equal channels [H, W]."""
+    densecrf = pytest.importorskip("pydensecrf.densecrf")
+    labels, height, width = logits.shape
+    crf = densecrf.DenseCRF2D(width, height, labels)
+    crf.setUnaryEnergy(np.ascontiguousarray(-logits.reshape(labels, -1), dtype=np.float32))
+    crf.addPairwiseBilateral(
+        sxy=sigma_space, srgb=sigma_light * 3**0.5, compat=weight, normalization=densecrf.NO_NORMALIZATION,
+        rgbim=np.ascontiguousarray(np.repeat(grey[:, :, None], 3, 2).astype(np.uint8)),
+    )  # fmt: skip
+    return np.asarray(crf.inference(sweeps)).astype(np.float64)
+
+
+def lattice_kernel(grey, sigma_space, sigma_light):
+    """The matrix by which pydensecrf filters, [H W, H W]: what one sweep adds to the scores for an impulse of q."""
+    columns, high = [], 12.0
+    for pixel in range(grey.size):
+        logits = np.zeros((2, *grey.shape))
+        logits[0].flat[pixel] = high
+        q = lattice_field(logits, grey, 1.0, sigma_space, sigma_light, 1)
+        columns.append((np.log(q[0] / q[1]) - logits[0].ravel()) / math.tanh(high / 2))
+    return np.stack(columns, 1)
+
+
+@pytest.mark.parametrize(
+    "weight, sigma_space, sigma_light", [(0.3, 4.0, 10.0), (0.2, 6.0, 20.0), (0.1, 8.0, 10.0), (0.02, 8.0, 10.0)]
+)
 def test_pydensecrf(weight, sigma_space, sigma_light):
     """Potts labels on 16×16 pixels with a window over all of them.
 
-    The factor of one half on our weight was chosen from a scan of five, on these parameters: at equal weight, argmax
-    agreed on 93 to 100 % and marginals differed by up to 0.17. An uncalibrated amplitude of the lattice
-    would explain it; that is not verified.
+    Its update is ours with another kernel. A permutohedral lattice gives back what it is given at one of its vertices,
+    but pixels lie between them: splatting to the d + 1 around and slicing from them leaves 0.55 of the peak on average
+    over 5 dimensions (0.8 over 2), and less where the blur meets a vertex that no pixel made. So its kernel is read off
+    from impulses, and our weight is multiplied by the amplitude of the Gaussian that is nearest to it. What differs
+    then is its weight of a pixel with itself, which we have not, and the error of the lattice.
     """
-    densecrf = pytest.importorskip("pydensecrf.densecrf")
     labels, n = 5, 16
     logits = problem((1, labels, n, n), scale=1.5, dtype=torch.float32)[0]
     coarse = torch.rand(1, 1, 4, 4) * 255
     guide = torch.nn.functional.interpolate(coarse, size=(n, n)) + 5 * torch.randn(1, 1, n, n)
     guide = guide.round().clamp(0, 255)
-    crf = densecrf.DenseCRF2D(n, n, labels)
-    crf.setUnaryEnergy(np.ascontiguousarray(-logits[0].reshape(labels, -1).numpy()))
-    crf.addPairwiseBilateral(
-        sxy=sigma_space, srgb=sigma_light * 3**0.5, compat=weight, normalization=densecrf.NO_NORMALIZATION,
-        rgbim=np.ascontiguousarray(guide[0, 0, :, :, None].expand(n, n, 3).byte().numpy()),
-    )  # fmt: skip
-    lattice = torch.from_numpy(np.asarray(crf.inference(5))).reshape(1, labels, n, n)
+    u, grey = logits[0].double().numpy(), guide[0, 0].double().numpy()
+    lattice = lattice_field(u, grey, weight, sigma_space, sigma_light, 5)
+
+    kernel, others = lattice_kernel(grey, sigma_space, sigma_light), ~np.eye(n * n, dtype=bool)
+    y, x = np.mgrid[:n, :n]
+    place = np.stack([y / sigma_space, x / sigma_space, grey / sigma_light], -1).reshape(-1, 3)
+    gaussian = np.exp(-0.5 * ((place[:, None] - place) ** 2).sum(-1))
+    amplitude = (kernel * gaussian)[others].sum() / (gaussian[others] ** 2).sum()
+
+    def dense(matrix):
+        scores = unary = torch.from_numpy(u.reshape(labels, -1))
+        for _ in range(5):
+            scores = unary + weight * scores.softmax(0) @ torch.from_numpy(matrix.T)
+        return scores.softmax(0).numpy()
+
     q = mean_field(
         logits, guide, similarity="potts", radius=n - 1, sigma_space=sigma_space, sigma_light=sigma_light,
-        weight=weight / 2,
-    )  # fmt: skip
-    assert (q.argmax(1) == lattice.argmax(1)).float().mean() >= 0.98
-    assert largest(q, lattice) <= 0.05
-    assert largest(lattice, logits.softmax(1)) > 2 * largest(q, lattice)
+        weight=weight * amplitude,
+    )[0].reshape(labels, -1).numpy()  # fmt: skip
+    itself = np.diag(np.diag(kernel))
+    differences = {
+        "the dense loop with its kernel": dense(kernel),
+        "without the pixel itself": dense(kernel * others),
+        "with our kernel for the others": dense(amplitude * gaussian * others + itself),
+        "ours": q,
+    }
+    differences = {name: float(np.abs(other - lattice).max()) for name, other in differences.items()}
+    same = (q.argmax(0) == lattice.argmax(0)).mean()
+    moved = np.abs(lattice - dense(np.zeros_like(kernel))).max()  # by the field at all
+    print(f"{amplitude=:.3f}, itself {np.diag(kernel).mean():.3f}, {same=:.2%}, {moved=:.3f}", differences)
+    assert 0.4 < amplitude < 0.6
+    assert differences["the dense loop with its kernel"] <= 1e-5
+    # what is left is no more than its two causes
+    assert (
+        differences["ours"] <= differences["without the pixel itself"] + differences["with our kernel for the others"]
+    )
+    assert same >= 0.98
+    assert moved > 2 * differences["ours"]
 
 
 # ---- the bound -------------------------------------------------------------------------------------------------------
@@ -915,6 +969,7 @@ def relative(fast, exact):
     return largest(fast, exact) / (exact.abs().max().item() + 1e-3)
 
 
+@every_simd
 @pytest.mark.skipif(not kernels, reason="no C++ kernels")
 def test_exp2_bound():
     """The bound beside exp2_of in simd_body.h: 2.5e-7 relative above 2^-126, 0 below 2^-127, nan stays."""
@@ -929,6 +984,7 @@ def test_exp2_bound():
     assert out[0] < 1e-37 and (out[1:5] == 0).all() and out[5].isnan() and abs(out[6] - 1) <= 2.5e-7
 
 
+@every_simd
 @on_kernels
 @pytest.mark.parametrize("labels", [1, 2, 15, 16, 17, 33, 50, 64])
 @pytest.mark.parametrize("width", [1, 3, 16, 37])
@@ -944,6 +1000,30 @@ def test_every_tail(backend, labels, width):
             assert largest(q, exact) <= 5e-6
 
 
+@every_simd
+@on_kernels
+@pytest.mark.parametrize("height, width", [(1, 20), (9, 40), (37, 101), (50, 80)])
+@pytest.mark.parametrize("name", ["quadratic", "gaussian"])
+def test_313_labels_on_kernels(backend, name, height, width):
+    """Large enough for tiles, prefetches and stores that pass by the caches; next to what PyTorch errs itself."""
+    logits, guide = (x.float() for x in problem((1, 313, height, width), scale=3.0))
+    similarity = tuple(m.float() for m in label_factors(name, gamma=40.0, rank=8)[:2]) if name == "gaussian" else name
+    options = {"similarity": similarity, "weight": 0.1}
+    exact = reference.mean_field(logits.double(), guide.double(), **options)
+    ab = annealed_mean(exact, 0.38)
+    plain = largest(reference.mean_field(logits, guide, **options), exact)
+    for layout in LAYOUTS:
+        u = logits.contiguous(memory_format=layout)
+        with fastcolor.use_backend(backend.name):
+            assert largest(mean_field(u, guide, **options), exact) <= max(2 * plain, 2e-6)
+            assert largest(op.mean_field_annealed(u, guide, **options), ab) <= 2e-3
+        for dtype, step in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+            expected = reference.mean_field(u.to(dtype).double(), guide.double(), **options)
+            with fastcolor.use_backend(backend.name):
+                assert largest(mean_field(u.to(dtype), guide, **options), expected) <= step
+
+
+@every_simd
 @on_kernels
 @pytest.mark.parametrize("schedule, damping, start, neighborhood", [
     ("parallel", 0.0, "softmax", "square"), ("parallel", 0.3, "uniform", "cross"),
@@ -991,6 +1071,7 @@ def test_gradients(backend, name, bins, shape, schedule, damping, start, neighbo
             assert f.shape == e.shape and relative(f, e) <= max(5e-6, 10 * relative(p, e))
 
 
+@every_simd
 @on_kernels
 @pytest.mark.parametrize("dtype, step", [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
 def test_gradients_in_16_bits(backend, dtype, step):
@@ -1007,6 +1088,7 @@ def test_gradients_in_16_bits(backend, dtype, step):
     assert grads[0].dtype == dtype and relative(*grads) <= step
 
 
+@every_simd
 @on_kernels
 @pytest.mark.parametrize("bins, name", [(JOINT, "quadratic"), (SEPARABLE, "steps"), (SMALL, "potts")], ids=str)
 @pytest.mark.parametrize("temperature", [0.05, 0.38, 1.0, 3.0])
@@ -1036,6 +1118,7 @@ def test_annealed_mean_of_the_last_sweep(backend, temperature, bins, name):
         op.mean_field_annealed(logits[:, :3], guide, similarity="potts")
 
 
+@every_simd
 @on_kernels
 def test_nan_and_forbidden_labels_on_kernels(backend):
     logits, guide = (x.float() for x in problem((1, 19, 9, 9)))
@@ -1136,6 +1219,65 @@ def test_state_size(sweeps, checkerboard, rank, width):
         size = op._state_size(torch.empty((2, 9, height, width), device="meta"), rank, fixed)
         assert size == _backend.native("_cpu").mean_field_state_size(native)
     assert size >= 2 * (1 << 22) * 2 * width
+
+
+@on_kernels
+@pytest.mark.parametrize("labels_last", [False, True])
+def test_more_entries_than_32_bits_count(backend, labels_last):
+    """8 GB of addresses with hardly any memory behind them: pages that nothing wrote are all the same page of zeros."""
+    if sys.platform != "linux":
+        pytest.skip("needs memory that is not reserved")
+    not_reserved = 0x4000  # MAP_NORESERVE, a name that Python has only of late
+    labels, height, width = 313, 2624, 2624
+    assert labels * height * width > 2**31
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | not_reserved
+        memory = mmap.mmap(-1, labels * height * width * 4, flags=flags)
+    except OSError as error:
+        pytest.skip(str(error))
+    logits = torch.frombuffer(memory, dtype=torch.float32)
+    if labels_last:
+        logits = logits.reshape(1, height, width, labels).movedim(-1, 1)
+    else:
+        logits = logits.reshape(1, labels, height, width)
+    label, places = 300, ((0, 0), (height - 1, width - 1))
+    for y, x in places:
+        logits[0, label, y, x] = 50.0
+    with fastcolor.use_backend(backend.name):
+        ab = op.mean_field_annealed(logits, torch.zeros(1, 1, height, width), sweeps=0)
+    for y, x in places:
+        assert (ab[0, :, y, x] - JOINT.centers[label]).abs().max() <= 1e-3
+    grey = ab[0, :, 5, 5]
+    assert (ab[0, :, -1, :-1] == grey[:, None]).all() and (ab[0, :, 1000] == grey[:, None]).all()
+
+
+@on_kernels
+def test_strides_on_kernels(backend):
+    """Neither planes nor labels last: slices with steps, expanded, transposed, reversed in memory."""
+    whole, guides = (x.float() for x in problem((2, 10, 8, 24)))
+    for logits, guide in (
+        (whole[:, ::2, :, ::2], guides[..., ::2]),
+        (whole[:, :5, 3:], guides[:, :, 3:]),
+        (whole[:1, :5].expand(2, -1, -1, -1), guides[:1].expand(2, -1, -1, -1)),
+        (whole.transpose(2, 3)[:, :5], guides.transpose(2, 3)),
+        (whole[:, :5].contiguous(memory_format=torch.channels_last)[..., 1:], guides[..., 1:]),
+    ):
+        exact = mean_field(logits.double(), guide.double(), bins=SMALL, weight=0.1)
+        with fastcolor.use_backend(backend.name):
+            assert largest(mean_field(logits, guide, bins=SMALL, weight=0.1), exact) <= 5e-6
+
+
+@on_kernels
+def test_radius_beyond_the_image_on_kernels(backend):
+    for shape in ((1, 2, 3, 4), (1, 2, 1, 1), (1, 2, 1, 40)):
+        logits, guide = (x.float() for x in problem(shape))
+        for layout in LAYOUTS:
+            u = logits.contiguous(memory_format=layout)
+            with fastcolor.use_backend(backend.name):
+                near, far = (
+                    mean_field(u, guide, similarity="potts", radius=r) for r in (max(shape[2:]) - 1 or 1, 1000)
+                )
+            assert torch.equal(near, far)
 
 
 @on_kernels
