@@ -17,10 +17,9 @@ namespace {
 // those with l = s (mod 8), and all pixels of the strip. So a row of a table is read once for a whole strip, logits are
 // read 16 bytes at a time, and a sum over labels is a sum over a lane's own registers, then over eight lanes.
 constexpr int kSplits = 8, kStrips = 4;
-constexpr int kChunk = 4;                    // labels of a lane at a time
-constexpr int kLabels = kSplits * kChunk;    // of a strip at a time
-constexpr int kThreads = 384;                // of a multiprocessor: 168 registers for each
-constexpr int kOffsets = 256;                // of the neighbourhood, in shared memory; those beyond are read from memory
+constexpr int kThreads = 384;          // of a multiprocessor: 168 registers for each
+constexpr int kBackwardThreads = 256;  // likewise: 255
+constexpr int kOffsets = 256;          // of the neighbourhood, in shared memory; those beyond are read from memory
 constexpr int kMostBlocks = 4096;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -394,8 +393,8 @@ struct Scores {
     }
   }
 
-  // Minus `base`, of the labels l, l + 8, l + 16, l + 24; those from `end` on are impossible.
-  template <bool kTail>
+  // Minus `base`, of the labels l, l + 8, l + 16, ...; those from `end` on are impossible.
+  template <bool kTail, int kChunk>
   __device__ void get(int l, int end, const float (&base)[P], float (&x)[kChunk][P]) const {
     if (c != 0.0f) {
 #pragma unroll
@@ -436,7 +435,7 @@ struct Scores {
   }
 
   // x += Σ_r m[l, r] rows[r], m [K, columns] in memory.
-  template <bool kTail>
+  template <bool kTail, int kChunk>
   static __device__ void add_product(const float* m, int columns, const float* rows, int l, int end,
                                      float (&x)[kChunk][P]) {
     for (int r = 0; r < columns; ++r) {
@@ -453,9 +452,10 @@ struct Scores {
   }
 };
 
-// function(l, whole or tail) for a lane's labels of an axis, four at a time.
-template <typename Function>
+// function(l, whole or tail) for a lane's labels of an axis, kChunk at a time: l, l + 8, l + 16, ...
+template <int kChunk, typename Function>
 __device__ void each_chunk(int first, int end, Function function) {
+  constexpr int kLabels = kSplits * kChunk;
   const int split = threadIdx.x % kSplits;
   int l = first;
   for (; l + kLabels <= end; l += kLabels) function(l + split, std::false_type());
@@ -472,36 +472,43 @@ struct Softmax {
 enum class Features { kNone, kAll, kOnes };  // kOnes: the first column of B is 1, so its sum is that of q
 
 // One pass over the labels of an axis: the softmax, and Σ_l B[l] q_l by the way. `f` of the kinds other than kNone is for
-// the lane's own pixel. The largest score need not be known: exponentials are taken relative to an older one until
-// their sum grows beyond 2^64, which after the first labels is rare.
-template <Features kFeatures, typename T, int N>
+// the lane's own pixel. The largest score need not be known: exponentials are taken relative to that of the first label
+// until their sum grows beyond 2^64, which is rare; then relative to the largest one so far.
+template <Features kFeatures, int kChunk, typename T, int N>
 __device__ void softmax(const Scores<T, N>& scores, const float4* b, int first, int end, Softmax<kPixels<T>>& result,
                         float (&features)[N ? N : 1]) {
   constexpr int P = kPixels<T>;
   constexpr int kFrom = kFeatures == Features::kOnes ? 1 : 0, kTo = kFeatures == Features::kNone ? 0 : N;
   float most[P], total[P], f[N ? N : 1][P];
+  {
+    const int l = first + threadIdx.x % kSplits;
+    const float zero[P] = {};
+    float x[1][P];
+    scores.template get<true>(l, end, zero, x);
 #pragma unroll
-  for (int p = 0; p < P; ++p) most[p] = kLowest, total[p] = 0.0f;
+    for (int p = 0; p < P; ++p) most[p] = fmaxf(x[0][p], kLowest), total[p] = 0.0f;
+  }
 #pragma unroll
   for (int r = 0; r < kTo; ++r) {
 #pragma unroll
     for (int p = 0; p < P; ++p) f[r][p] = 0.0f;
   }
-  each_chunk(first, end, [&](int l, auto tail) {
+  each_chunk<kChunk>(first, end, [&](int l, auto tail) {
     constexpr bool kTail = decltype(tail)::value;
     float x[kChunk][P], sum[P];
-    bool again = l < first + kSplits;  // the first time
-    if (!again) {
-      scores.template get<kTail>(l, end, most, x);
+    const auto exponentials = [&] {
+      bool fits = true;
 #pragma unroll
       for (int p = 0; p < P; ++p) {
+        sum[p] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) x[i][p] = ex2(x[i][p]);
-        sum[p] = (x[0][p] + x[1][p]) + (x[2][p] + x[3][p]);
-        again |= sum[p] > kMost;
+        for (int i = 0; i < kChunk; ++i) x[i][p] = ex2(x[i][p]), sum[p] = i ? sum[p] + x[i][p] : x[i][p];
+        fits = fits && !(sum[p] > kMost);
       }
-    }
-    if (again) {
+      return fits;
+    };
+    scores.template get<kTail>(l, end, most, x);
+    if (!exponentials()) {
       const float zero[P] = {};
       scores.template get<kTail>(l, end, zero, x);
 #pragma unroll
@@ -513,10 +520,10 @@ __device__ void softmax(const Scores<T, N>& scores, const float4* b, int first, 
         most[p] = top, total[p] *= factor;
 #pragma unroll
         for (int r = kFrom; r < kTo; ++r) f[r][p] *= factor;
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) x[i][p] = ex2(x[i][p] - top);
-        sum[p] = (x[0][p] + x[1][p]) + (x[2][p] + x[3][p]);
       }
+      // not x − most: where scores are large, that has lost what a score minus `most` from the start keeps
+      scores.template get<kTail>(l, end, most, x);
+      exponentials();
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) total[p] += sum[p];
@@ -606,14 +613,14 @@ __device__ void make_scores(const Job& job, const Shared<T>& shared, const Lane<
 }
 
 // q of a strip and an axis in place of its logits.
-template <typename T, int N>
+template <int kChunk, typename T, int N>
 __device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, int end,
                                 const Softmax<kPixels<T>>& softmax) {
   constexpr int P = kPixels<T>;
   float inverse[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) inverse[p] = 1.0f / softmax.total[p];
-  each_chunk(first, end, [&](int l, auto tail) {
+  each_chunk<kChunk>(first, end, [&](int l, auto tail) {
     float x[kChunk][P];
     scores.template get<decltype(tail)::value>(l, end, softmax.most, x);
 #pragma unroll
@@ -628,7 +635,7 @@ __device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, 
 }
 
 // sums[r] += Σ_l q_l m[l, r] for columns beyond registers; sums are rows of the warp, each lane adds to its own pixel.
-template <bool kTail, typename T>
+template <bool kTail, int kChunk, typename T>
 __device__ void add_expected(const float* m, int columns, int l, int end, const float (&q)[kChunk][kPixels<T>],
                              float* sums, const Lane<T>& lane) {
   constexpr int P = kPixels<T>;
@@ -650,7 +657,7 @@ __device__ void add_expected(const float* m, int columns, int l, int end, const 
 template <typename T, int N>
 __device__ void update(const Job& job, const Shared<T>& shared, int64_t k, float unary, const Start& start, int count,
                        bool ones) {
-  constexpr int P = kPixels<T>;
+  constexpr int P = kPixels<T>, kChunk = P == 8 && N == 4 ? 3 : 4;  // as many as registers hold
   const bool last = k == job.updates, annealed = last && job.ab;
   const float scale = annealed ? job.annealed_scale : kLog2E;
   const Lane<T> lane;
@@ -679,14 +686,14 @@ __device__ void update(const Job& job, const Shared<T>& shared, int64_t k, float
       float more[N ? N : 1];
       const bool marginals = last && job.marginals;
       if (N == 0 || marginals) {
-        softmax<Features::kNone>(scores, shared.b, int(first), end, result, more);
+        softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, result, more);
         if constexpr (N == 0) {
           if (!last || annealed) {
             const float* m = annealed ? job.colors : job.p.b;
             float inverse[P];
 #pragma unroll
             for (int p = 0; p < P; ++p) inverse[p] = 1.0f / result.total[p];
-            each_chunk(int(first), end, [&](int l, auto tail) {
+            each_chunk<kChunk>(int(first), end, [&](int l, auto tail) {
               float x[kChunk][P];
               scores.template get<decltype(tail)::value>(l, end, result.most, x);
 #pragma unroll
@@ -698,12 +705,12 @@ __device__ void update(const Job& job, const Shared<T>& shared, int64_t k, float
             });
           }
         }
-        if (marginals && strip < strips) write_marginals(scores, tile, int(first), end, result);
+        if (marginals && strip < strips) write_marginals<kChunk>(scores, tile, int(first), end, result);
       } else if constexpr (N > 0) {
         if (ones || (annealed && N == 3)) {
-          softmax<Features::kOnes>(scores, shared.b, int(first), end, result, more);
+          softmax<Features::kOnes, kChunk>(scores, shared.b, int(first), end, result, more);
         } else {
-          softmax<Features::kAll>(scores, shared.b, int(first), end, result, more);
+          softmax<Features::kAll, kChunk>(scores, shared.b, int(first), end, result, more);
         }
 #pragma unroll
         for (int r = 0; r < N; ++r) features[r] += more[r];
@@ -836,7 +843,7 @@ struct Upstream {
     }
   }
 
-  template <bool kTail>
+  template <bool kTail, int kChunk>
   __device__ void get(int l, int end, float (&s)[kChunk][P]) const {
     if (grads) {
 #pragma unroll
@@ -914,7 +921,7 @@ __device__ void make_adjoints(const Job& job, const Shared<T>& shared, const Lan
 template <typename T, int N>
 __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, float unary, const Start& start,
                           int count) {
-  constexpr int P = kPixels<T>;
+  constexpr int P = kPixels<T>, kChunk = P == 8 ? 2 : 4;
   const bool last = k == job.updates;
   const Lane<T> lane;
   const int rank = int(job.p.rank), columns = N ? N : rank, strips = (count + P - 1) / P;
@@ -946,7 +953,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
       const int end = int(first) + job.p.whole[axis];
       Softmax<P> result;
       float none[N ? N : 1], inverse[P], mean[P], e1[N ? N : 1][P], e2[N ? N : 1][P];
-      softmax<Features::kNone>(scores, shared.b, int(first), end, result, none);
+      softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, result, none);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         inverse[p] = counted[p] != 0.0f ? 1.0f / result.total[p] : 0.0f, mean[p] = 0.0f;
@@ -958,7 +965,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
         for (int r = 0; lane.first && r < 2 * rank; ++r) sums[r * kTile<T> + lane.pixel()] = 0.0f;
       }
       // with s = dL/dq: dt = q (s − Σ q s), and Aᵀ dt = Σ q s a − (Σ q s) Σ q a in one pass
-      each_chunk(int(first), end, [&](int l, auto tail) {
+      each_chunk<kChunk>(int(first), end, [&](int l, auto tail) {
         constexpr bool kTail = decltype(tail)::value;
         float q[kChunk][P], s[kChunk][P];
         scores.template get<kTail>(l, end, result.most, q);
@@ -1030,7 +1037,7 @@ __device__ void add_to_all(float v, float* to) {
 // Gradients of the logits of a tile, Σ_k unary_k dt_k, and of A and B, Σ_k dt_k H_k and Σ_k q_k dF_k.
 template <typename T, int N, bool kFactors>
 __device__ void finish(const Job& job, const Shared<T>& shared, const Start& start, int64_t pixel, int count) {
-  constexpr int P = kPixels<T>;
+  constexpr int P = kPixels<T>, kChunk = P == 8 ? 2 : 4;
   constexpr int C = N ? N : 1;
   const Lane<T> lane;
   const int rank = int(job.p.rank), columns = N ? N : rank, strips = (count + P - 1) / P;
@@ -1045,9 +1052,10 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
     const T* grads = upstream.grads;
     for (int64_t axis = 0, first = 0; axis < job.p.axes; ++axis) {
       const int end = int(first) + job.p.whole[axis];
-      each_chunk(int(first), end, [&](int l, auto tail) {
+      each_chunk<kChunk>(int(first), end, [&](int l, auto tail) {
         constexpr bool kTail = decltype(tail)::value;
-        float du[kChunk][P] = {}, ga[kChunk][C] = {}, gb[kChunk][C] = {};
+        float du[kChunk][P] = {};
+        [[maybe_unused]] float ga[kChunk][C] = {}, gb[kChunk][C] = {};
         float unary = job.p.uniform ? 0.0f : 1.0f;
         for (int64_t k = 0; k <= job.updates; ++k) {
           if (k > 0) unary = next_unary(job, k, unary);
@@ -1158,8 +1166,6 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
     }
   }
 }
-
-constexpr int kBackwardThreads = 256;  // of a multiprocessor: 255 registers for each
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kBackwardThreads, 1) backward(const __grid_constant__ Job job) {

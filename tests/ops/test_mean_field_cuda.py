@@ -44,8 +44,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# multiprocessors and bytes of shared memory: one block, several, and so few bytes that images do not fit
-DEVICES = {"one": (1, 200 << 10), "many": (3, 40 << 10), "streaming": (2, 5 << 10)}
+# multiprocessors and bytes of shared memory: one block, several, and as few bytes as the kernel runs with at all
+DEVICES = {"one": (1, 200 << 10), "many": (3, 40 << 10), "streaming": (2, 0)}
 # Float32 scores err by some 1e-7 of what is summed, and each sweep hands that on; 16 bits round the result.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 LARGEST_ERRORS = {}  # printed by `pytest -rP -k largest_errors`
@@ -80,6 +80,7 @@ class Emulator:
         self.division = {}  # of the last call
 
     def set_device(self, multiprocessors: int, shared: int, seed: int = 0) -> None:
+        self.device = multiprocessors, shared, seed
         self.library.set_device(multiprocessors, shared, seed)
 
     def problem(self, p: Problem) -> CProblem:
@@ -99,6 +100,13 @@ class Emulator:
 
     def _divide(self, native, backward: int) -> None:
         numbers = (ctypes.c_int64 * 6)()
+        multiprocessors, shared, seed = self.device
+        if shared == 0:
+            shared = 2048
+            self.library.set_device(multiprocessors, shared, seed)
+            while self.library.division(ctypes.byref(native), backward, numbers) != 0:
+                shared += 512
+                self.library.set_device(multiprocessors, shared, seed)
         assert self.library.division(ctypes.byref(native), backward, numbers) == 0
         self.division = dict(zip(("threads", "blocks", "groups", "pixels", "tile", "vectors"), numbers, strict=True))
 
@@ -325,11 +333,11 @@ def test_scores_of_any_size(emulator):
     pair = tuple(symmetric(70)[:, :3].float() * 0.1 for _ in "ab")
     for layout in LAYOUTS:
         q = mean_field(logits.contiguous(memory_format=layout), guide, similarity=pair, sweeps=0)
-        assert record("scores of any size", largest(q, logits.double().softmax(1))) <= 1e-6
+        assert record("large scores, no sweep", largest(q, logits.double().softmax(1))) <= 1e-6
         q = mean_field(logits.contiguous(memory_format=layout), guide, similarity=pair, sweeps=2)
         with fastcolor.use_backend("reference"):
             exact = mean_field(logits.double(), guide.double(), similarity=pair, sweeps=2)
-        assert record("scores of any size", largest(q, exact)) <= 2e-2  # float32 at 2e5 has steps of 0.016
+        assert record("large scores", largest(q, exact)) <= 5e-6
 
 
 @pytest.mark.parametrize("bins, name", [(JOINT, "quadratic"), (SEPARABLE, "steps"), (SMALL, "potts"),
@@ -392,7 +400,7 @@ def test_states(emulator):
 @pytest.mark.parametrize("name, bins, shape", [
     ("quadratic", SMALL, (2, 5, 4, 9)), ("steps", SMALL_AXES, (2, 8, 5, 7)), ("quadratic", SMALL_AXES, (1, 8, 4, 4)),
     ("matrix", SMALL_AXES, (1, 8, 3, 5)), ("pair", None, (1, 37, 5, 7)), ("potts", None, (1, 3, 1, 1)),
-    ("potts", None, (2, 1, 3, 4)), ("matrix", None, (1, 21, 3, 4)),
+    ("matrix", None, (1, 21, 3, 4)),
 ], ids=str)  # fmt: skip
 def test_gradients(emulator, name, bins, shape, schedule, damping, start, neighborhood):
     """All of them against the reference in float64, relative to the largest of the kind."""
@@ -433,6 +441,13 @@ def test_gradients(emulator, name, bins, shape, schedule, damping, start, neighb
             # sums over pixels that nearly cancel err in the reference too
             error = record(f"gradient of {kind}", relative(f, e))
             assert f.shape == e.shape and error <= max(5e-6, 10 * relative(p, e)), kind
+
+
+def test_gradients_of_one_label(emulator):
+    logits, guide = (x.float().requires_grad_() for x in problem((2, 1, 3, 4)))
+    q = mean_field(logits, guide, similarity="potts")
+    (q * torch.randn(q.shape)).sum().backward()
+    assert logits.grad.abs().max() <= 2e-6 and guide.grad.abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("dtype, step", [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
