@@ -380,10 +380,73 @@ def _backward_on_cpp(problem: Problem, grad: Tensor, states: Tensor, to: Gradien
     _backend.native("_cpu").mean_field_backward(native.problem, grad.data_ptr(), states.data_ptr(), *addresses)
 
 
+class _NativeCuda:
+    """The arguments of a CUDA kernel, with the tensors whose addresses it has and what it needs beside them."""
+
+    def __init__(self, problem: Problem):
+        logits, a, prior = problem.logits, problem.a, problem.prior
+        batch, labels, height, width = logits.shape
+        whole = _on_device((*problem.counts, *problem.dy, *problem.dx), logits.device)
+        reach_y, reach_x = (max((abs(d) for d in steps), default=0) for steps in (problem.dy, problem.dx))
+        self.kept = problem, whole
+        self.module = _backend.native("_cuda")
+        self.problem = self.module.MeanFieldProblem(
+            logits.data_ptr(), _STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
+            len(problem.counts), a.shape[1], len(problem.dy), reach_y, reach_x, whole.data_ptr(), a.data_ptr(),
+            problem.b.data_ptr(), problem.guide.data_ptr(), problem.space.data_ptr(), problem.sharpness.data_ptr(),
+            _address(prior), problem.sweeps, problem.checkerboard, problem.damping, problem.uniform,
+        )  # fmt: skip
+        self.stream = torch.cuda.current_stream(logits.device).cuda_stream
+
+    def scratch(self, floats: int) -> Tensor:
+        return torch.empty(floats, device=self.kept[0].logits.device)
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, since a copy from the host makes it wait for the device, and cannot be captured in a graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def _forward_on_cuda(problem: Problem, marginals, colors, temperature, ab, states) -> None:
+    with torch.cuda.device(problem.logits.device):
+        native = _NativeCuda(problem)
+        scratch = native.scratch(native.module.mean_field_scratch(native.problem, states is not None))
+        native.module.mean_field(
+            native.problem, _address(marginals), _address(colors), temperature, _address(ab), _address(states),
+            scratch.data_ptr(), native.stream,
+        )  # fmt: skip
+
+
+def _backward_on_cuda(problem: Problem, grad: Tensor, states: Tensor, to: Gradients) -> None:
+    with torch.cuda.device(problem.logits.device):
+        native, addresses = _NativeCuda(problem), [_address(x) for x in to]
+        scratch = native.scratch(native.module.mean_field_backward_scratch(native.problem))
+        native.module.mean_field_backward(
+            native.problem, grad.data_ptr(), states.data_ptr(), *addresses, scratch.data_ptr(), native.stream
+        )
+
+
+def _better_on_triton(problem: Problem) -> bool:
+    """Whether nobody asked for the CUDA kernel, one image does not fit in the device's shared memory, where it could
+    stay for all sweeps, and Triton is there. Both have the same states."""
+    if _backend.forced() or _backend.missing("triton") is not None:
+        return False
+    batch, labels, height, width = problem.logits.shape
+    with torch.cuda.device(problem.logits.device):
+        pixels = _backend.native("_cuda").mean_field_resident_pixels(
+            _STORAGE[problem.logits.dtype], labels, problem.a.shape[1]
+        )
+    return batch > 0 and height * width > pixels
+
+
 def _kernels(problem: Problem, backend: str):
     """The forward and the backward function of a backend; their arguments are those of kernels/triton/mean_field.py."""
     if backend == "cpp":
         return _forward_on_cpp, _backward_on_cpp
+    if backend == "cuda" and not _better_on_triton(problem):
+        return _forward_on_cuda, _backward_on_cuda
     from fastcolor.kernels.triton import mean_field as triton_mean_field  # triton is optional
 
     return triton_mean_field.mean_field, triton_mean_field.mean_field_backward

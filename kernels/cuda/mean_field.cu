@@ -25,6 +25,7 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kLowest = -FLT_MAX;
 constexpr float kMost = 0x1p64f;  // of a sum of exponentials, before its scale is changed
+constexpr float kLarge = 0x1p22f;  // scores whose rounding alone would move an exponential out of range
 
 template <typename T>
 constexpr int kPixels = 16 / sizeof(T);  // of a strip
@@ -452,65 +453,105 @@ struct Scores {
   }
 };
 
-// function(l, whole or tail) for a lane's labels of an axis, kChunk at a time: l, l + 8, l + 16, ...
+// function(l) for a lane's labels of an axis, kChunk at a time: l, l + 8, l + 16, ...
 template <int kChunk, typename Function>
 __device__ void each_chunk(int first, int end, Function function) {
-  constexpr int kLabels = kSplits * kChunk;
-  const int split = threadIdx.x % kSplits;
-  int l = first;
-  for (; l + kLabels <= end; l += kLabels) function(l + split, std::false_type());
-  if (l < end) function(l + split, std::true_type());
+  for (int l = first; l < end; l += kSplits * kChunk) function(l + int(threadIdx.x % kSplits));
 }
 
-// A softmax over the labels of all eight lanes, for the pixels of a strip.
+__device__ bool is_large(float most) { return fabsf(most) > kLarge && fabsf(most) < FLT_MAX; }
+
+// Scores minus `most`. Taken off from the start, `most` leaves digits that a score itself rounds away; but of scores beyond
+// 2^22 what it leaves may be anything, and they have to be rounded as `most` was.
 template <int P>
-struct Softmax {
-  float most[P];   // the largest score, or one near it: 2^(t − most) may go up to 2^64
-  float total[P];  // Σ 2^(t − most)
+struct Near {
+  float before[P], after[P];  // what is taken off
+  bool large = false;         // any of it after
+
+  __device__ explicit Near(const float (&most)[P]) {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const bool late = is_large(most[p]);
+      before[p] = late ? 0.0f : most[p], after[p] = late ? most[p] : 0.0f;
+      large = large || late;
+    }
+  }
+  template <typename S, int kChunk>
+  __device__ void get(const S& scores, int l, int end, float (&x)[kChunk][P]) const {
+    scores.template get<true>(l, end, before, x);
+    if (!large) return;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) x[i][p] -= after[p];
+    }
+  }
 };
 
 enum class Features { kNone, kAll, kOnes };  // kOnes: the first column of B is 1, so its sum is that of q
 
-// One pass over the labels of an axis: the softmax, and Σ_l B[l] q_l by the way. `f` of the kinds other than kNone is for
-// the lane's own pixel. The largest score need not be known: exponentials are taken relative to that of the first label
-// until their sum grows beyond 2^64, which is rare; then relative to the largest one so far.
+// One pass over the labels of an axis: the softmax of a strip, and Σ_l B[l] q_l by the way. `most` is the largest score or one
+// near it, for all pixels of the strip; Σ 2^(t − most) is returned, and features are set, for the lane's own pixel.
+// The largest score need not be known: exponentials are taken relative to that of the first label until their sum grows
+// beyond 2^64, which is rare; then relative to the largest one so far.
 template <Features kFeatures, int kChunk, typename T, int N>
-__device__ void softmax(const Scores<T, N>& scores, const float4* b, int first, int end, Softmax<kPixels<T>>& result,
-                        float (&features)[N ? N : 1]) {
+__device__ float softmax(const Scores<T, N>& scores, const float4* b, int first, int end, float (&most)[kPixels<T>],
+                         float (&features)[N ? N : 1]) {
   constexpr int P = kPixels<T>;
   constexpr int kFrom = kFeatures == Features::kOnes ? 1 : 0, kTo = kFeatures == Features::kNone ? 0 : N;
-  float most[P], total[P], f[N ? N : 1][P];
+  const int split = threadIdx.x % kSplits;
+  float total[P], f[N ? N : 1][P], sum[P], x[kChunk][P];
+  bool large = false;
   {
-    const int l = first + threadIdx.x % kSplits;
     const float zero[P] = {};
-    float x[1][P];
-    scores.template get<true>(l, end, zero, x);
+    float one[1][P];
+    scores.template get<true>(first + split, end, zero, one);
 #pragma unroll
-    for (int p = 0; p < P; ++p) most[p] = fmaxf(x[0][p], kLowest), total[p] = 0.0f;
+    for (int p = 0; p < P; ++p) {
+      most[p] = fmaxf(one[0][p], kLowest), total[p] = 0.0f;
+      large = large || is_large(most[p]);
+#pragma unroll
+      for (int r = 0; r < kTo; ++r) f[r][p] = 0.0f;
+    }
   }
+  const auto exponentials = [&] {
+    bool fits = true;
 #pragma unroll
-  for (int r = 0; r < kTo; ++r) {
+    for (int p = 0; p < P; ++p) {
 #pragma unroll
-    for (int p = 0; p < P; ++p) f[r][p] = 0.0f;
-  }
-  each_chunk<kChunk>(first, end, [&](int l, auto tail) {
-    constexpr bool kTail = decltype(tail)::value;
-    float x[kChunk][P], sum[P];
-    const auto exponentials = [&] {
-      bool fits = true;
+      for (int i = 0; i < kChunk; ++i) x[i][p] = ex2(x[i][p]), sum[p] = i ? sum[p] + x[i][p] : x[i][p];
+      fits = fits && !(sum[p] > kMost);
+    }
+    return fits;
+  };
+  const auto add = [&](int l, auto tail) {
+    if constexpr (kTo > 0) {
 #pragma unroll
-      for (int p = 0; p < P; ++p) {
-        sum[p] = 0.0f;
+      for (int i = 0; i < kChunk; ++i) {
+        const float4 v = b[decltype(tail)::value ? min(l + i * kSplits, end - 1) : l + i * kSplits];
+        const float columns[4] = {N == 3 ? v.z : v.x, N == 3 ? v.x : v.y, N == 3 ? v.y : v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) x[i][p] = ex2(x[i][p]), sum[p] = i ? sum[p] + x[i][p] : x[i][p];
-        fits = fits && !(sum[p] > kMost);
+        for (int r = kFrom; r < kTo; ++r) {
+#pragma unroll
+          for (int p = 0; p < P; ++p) f[r][p] = fmaf(columns[r], x[i][p], f[r][p]);
+        }
       }
-      return fits;
-    };
-    scores.template get<kTail>(l, end, most, x);
-    if (!exponentials()) {
+    }
+  };
+  for (int l = first + split; l - split < end; l += kSplits * kChunk) {
+    const bool whole = l - split + kSplits * kChunk <= end;
+    bool again = large;
+    if (!again) {
+      if (whole) {
+        scores.template get<false>(l, end, most, x);
+      } else {
+        scores.template get<true>(l, end, most, x);
+      }
+      again = !exponentials();
+    }
+    if (again) {
       const float zero[P] = {};
-      scores.template get<kTail>(l, end, zero, x);
+      scores.template get<true>(l, end, zero, x);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         float top = most[p];
@@ -521,48 +562,41 @@ __device__ void softmax(const Scores<T, N>& scores, const float4* b, int first, 
 #pragma unroll
         for (int r = kFrom; r < kTo; ++r) f[r][p] *= factor;
       }
-      // not x − most: where scores are large, that has lost what a score minus `most` from the start keeps
-      scores.template get<kTail>(l, end, most, x);
+      const Near<P> near(most);
+      near.get(scores, l, end, x);
+      large = near.large;
       exponentials();
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) total[p] += sum[p];
-    if constexpr (kTo > 0) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const float4 v = b[kTail ? min(l + i * kSplits, end - 1) : l + i * kSplits];
-        const float columns[4] = {N == 3 ? v.z : v.x, N == 3 ? v.x : v.y, N == 3 ? v.y : v.z, v.w};
-#pragma unroll
-        for (int r = kFrom; r < kTo; ++r) {
-#pragma unroll
-          for (int p = 0; p < P; ++p) f[r][p] = fmaf(columns[r], x[i][p], f[r][p]);
-        }
-      }
+    if (whole) {
+      add(l, std::false_type());
+    } else {
+      add(l, std::true_type());
     }
-  });
+  }
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     float top = most[p];
 #pragma unroll
     for (int step = 1; step < kSplits; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, step));
     const float factor = ex2(most[p] - top);
-    result.most[p] = top, total[p] *= factor;
+    most[p] = top, total[p] *= factor;
 #pragma unroll
     for (int r = kFrom; r < kTo; ++r) f[r][p] *= factor;
   }
-  if constexpr (kFeatures == Features::kNone) {
+  const float all = scatter_sum<P>(total);
+  if (kFeatures == Features::kOnes) features[0] = 1.0f;
 #pragma unroll
-    for (int p = 0; p < P; ++p) {
+  for (int r = kFrom; r < kTo; ++r) features[r] = scatter_sum<P>(f[r]) * (1.0f / all);
+  return all;
+}
+
+// What each of the strip's pixels has, from the lanes that look after them.
+template <int P>
+__device__ void share(float own, float (&all)[P]) {
 #pragma unroll
-      for (int step = 1; step < kSplits; step *= 2) total[p] += __shfl_xor_sync(kAll, total[p], step);
-      result.total[p] = total[p];
-    }
-  } else {
-    const float inverse = 1.0f / scatter_sum<P>(total);
-    if (kFeatures == Features::kOnes) features[0] = 1.0f;
-#pragma unroll
-    for (int r = kFrom; r < kTo; ++r) features[r] = scatter_sum<P>(f[r]) * inverse;
-  }
+  for (int p = 0; p < P; ++p) all[p] = __shfl_sync(kAll, own, p, kSplits);
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -614,18 +648,16 @@ __device__ void make_scores(const Job& job, const Shared<T>& shared, const Lane<
 
 // q of a strip and an axis in place of its logits.
 template <int kChunk, typename T, int N>
-__device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, int end,
-                                const Softmax<kPixels<T>>& softmax) {
+__device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, int end, const float (&most)[kPixels<T>],
+                                const float (&inverse)[kPixels<T>]) {
   constexpr int P = kPixels<T>;
-  float inverse[P];
-#pragma unroll
-  for (int p = 0; p < P; ++p) inverse[p] = 1.0f / softmax.total[p];
-  each_chunk<kChunk>(first, end, [&](int l, auto tail) {
+  const Near<P> near(most);
+  each_chunk<kChunk>(first, end, [&](int l) {
     float x[kChunk][P];
-    scores.template get<decltype(tail)::value>(l, end, softmax.most, x);
+    near.get(scores, l, end, x);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (decltype(tail)::value && l + i * kSplits >= end) continue;
+      if (l + i * kSplits >= end) continue;
       Strip<T> q;
 #pragma unroll
       for (int p = 0; p < P; ++p) q.v[p] = from_float<T>(ex2(x[i][p]) * inverse[p]);
@@ -635,7 +667,7 @@ __device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, 
 }
 
 // sums[r] += Σ_l q_l m[l, r] for columns beyond registers; sums are rows of the warp, each lane adds to its own pixel.
-template <bool kTail, int kChunk, typename T>
+template <int kChunk, typename T>
 __device__ void add_expected(const float* m, int columns, int l, int end, const float (&q)[kChunk][kPixels<T>],
                              float* sums, const Lane<T>& lane) {
   constexpr int P = kPixels<T>;
@@ -643,7 +675,7 @@ __device__ void add_expected(const float* m, int columns, int l, int end, const 
     float v[P] = {};
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const int at = kTail ? min(l + i * kSplits, end - 1) : l + i * kSplits;
+      const int at = min(l + i * kSplits, end - 1);
       const float column = __ldg(m + int64_t(at) * columns + r);
 #pragma unroll
       for (int p = 0; p < P; ++p) v[p] = fmaf(column, q[i][p], v[p]);
@@ -682,39 +714,33 @@ __device__ void update(const Job& job, const Shared<T>& shared, int64_t k, float
     }
     for (int64_t axis = 0, first = 0; axis < job.p.axes; ++axis) {
       const int end = int(first) + job.p.whole[axis];
-      Softmax<P> result;
-      float more[N ? N : 1];
-      const bool marginals = last && job.marginals;
-      if (N == 0 || marginals) {
-        softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, result, more);
-        if constexpr (N == 0) {
-          if (!last || annealed) {
-            const float* m = annealed ? job.colors : job.p.b;
-            float inverse[P];
-#pragma unroll
-            for (int p = 0; p < P; ++p) inverse[p] = 1.0f / result.total[p];
-            each_chunk<kChunk>(int(first), end, [&](int l, auto tail) {
-              float x[kChunk][P];
-              scores.template get<decltype(tail)::value>(l, end, result.most, x);
-#pragma unroll
-              for (int c = 0; c < kChunk; ++c) {
-#pragma unroll
-                for (int p = 0; p < P; ++p) x[c][p] = ex2(x[c][p]) * inverse[p];
-              }
-              add_expected<decltype(tail)::value>(m, columns, l, end, x, sums, lane);
-            });
-          }
-        }
-        if (marginals && strip < strips) write_marginals<kChunk>(scores, tile, int(first), end, result);
-      } else if constexpr (N > 0) {
-        if (ones || (annealed && N == 3)) {
-          softmax<Features::kOnes, kChunk>(scores, shared.b, int(first), end, result, more);
-        } else {
-          softmax<Features::kAll, kChunk>(scores, shared.b, int(first), end, result, more);
-        }
-#pragma unroll
-        for (int r = 0; r < N; ++r) features[r] += more[r];
+      float most[P], inverse[P], more[N ? N : 1] = {}, total;
+      if constexpr (N == 0) {
+        total = softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, most, more);
+      } else if (N == 3 && (ones || annealed)) {
+        total = softmax<Features::kOnes, kChunk>(scores, shared.b, int(first), end, most, more);
+      } else {
+        total = softmax<Features::kAll, kChunk>(scores, shared.b, int(first), end, most, more);
       }
+#pragma unroll
+      for (int r = 0; r < N; ++r) features[r] += more[r];
+      const bool marginals = last && job.marginals;
+      if (N == 0 || marginals) share(1.0f / total, inverse);
+      if (N == 0 && !marginals) {
+        const float* m = annealed ? job.colors : job.p.b;
+        const Near<P> near(most);
+        each_chunk<kChunk>(int(first), end, [&](int l) {
+          float x[kChunk][P];
+          near.get(scores, l, end, x);
+#pragma unroll
+          for (int c = 0; c < kChunk; ++c) {
+#pragma unroll
+            for (int p = 0; p < P; ++p) x[c][p] = ex2(x[c][p]) * inverse[p];
+          }
+          add_expected(m, columns, l, end, x, sums, lane);
+        });
+      }
+      if (marginals && strip < strips) write_marginals<kChunk>(scores, tile, int(first), end, most, inverse);
       first = end;
     }
     if (!i.inside || !lane.first) continue;
@@ -843,12 +869,12 @@ struct Upstream {
     }
   }
 
-  template <bool kTail, int kChunk>
+  template <int kChunk>
   __device__ void get(int l, int end, float (&s)[kChunk][P]) const {
     if (grads) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const Strip<T> strip = cuda::get(grads + (kTail ? min(l + i * kSplits, end - 1) : l + i * kSplits) * row);
+        const Strip<T> strip = cuda::get(grads + min(l + i * kSplits, end - 1) * row);
 #pragma unroll
         for (int p = 0; p < P; ++p) s[i][p] = to_float(strip.v[p]);
       }
@@ -862,7 +888,7 @@ struct Upstream {
     if constexpr (N > 0) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float4 v = b[kTail ? min(l + i * kSplits, end - 1) : l + i * kSplits];
+        const float4 v = b[min(l + i * kSplits, end - 1)];
         const float columns[4] = {N == 3 ? v.z : v.x, N == 3 ? v.x : v.y, N == 3 ? v.y : v.z, v.w};
 #pragma unroll
         for (int r = 0; r < N; ++r) {
@@ -871,7 +897,7 @@ struct Upstream {
         }
       }
     } else {
-      Scores<T, 0>::template add_product<kTail>(memory_b, rank, rows, l, end, s);
+      Scores<T, 0>::template add_product<true>(memory_b, rank, rows, l, end, s);
     }
   }
 };
@@ -931,7 +957,6 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
     const bool counts = i.inside && (k == 0 || last || changes(job, k, i)), mine = i.inside && lane.first;
     __syncwarp();
     make_adjoints<T, N>(job, shared, lane, i, k);
-    if (lane.first) shared.rows[2 * columns * kTile<T> + lane.pixel()] = counts ? 1.0f : 0.0f;
     __syncwarp();
     Scores<T, N> scores;
     Upstream<T, N> upstream;
@@ -940,8 +965,6 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
     if (!last) upstream.grads = nullptr;
     scores.read_rows(shared.rows + lane.strip * P);
     upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);
-    float counted[P];
-    get_row<P>(shared.rows + 2 * columns * kTile<T> + lane.strip * P, counted);
     // dH, without what this update's softmaxes add: scores that update k + 1 has kept, or damped
     float* dh = i.inside ? adjoint_of(job, i, k, 1) : nullptr;
     for (int r = 0; mine && r < rank; ++r) {
@@ -951,12 +974,12 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
     float* sums = shared.rows + 2 * columns * kTile<T>;
     for (int64_t axis = 0, first = 0; axis < job.p.axes; ++axis) {
       const int end = int(first) + job.p.whole[axis];
-      Softmax<P> result;
-      float none[N ? N : 1], inverse[P], mean[P], e1[N ? N : 1][P], e2[N ? N : 1][P];
-      softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, result, none);
+      float none[N ? N : 1], most[P], inverse[P], mean[P], e1[N ? N : 1][P], e2[N ? N : 1][P];
+      const float total = softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, most, none);
+      share(counts ? 1.0f / total : 0.0f, inverse);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        inverse[p] = counted[p] != 0.0f ? 1.0f / result.total[p] : 0.0f, mean[p] = 0.0f;
+        mean[p] = 0.0f;
 #pragma unroll
         for (int r = 0; r < N; ++r) e1[r][p] = e2[r][p] = 0.0f;
       }
@@ -964,12 +987,12 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
         __syncwarp();
         for (int r = 0; lane.first && r < 2 * rank; ++r) sums[r * kTile<T> + lane.pixel()] = 0.0f;
       }
+      const Near<P> near(most);
       // with s = dL/dq: dt = q (s − Σ q s), and Aᵀ dt = Σ q s a − (Σ q s) Σ q a in one pass
-      each_chunk<kChunk>(int(first), end, [&](int l, auto tail) {
-        constexpr bool kTail = decltype(tail)::value;
+      each_chunk<kChunk>(int(first), end, [&](int l) {
         float q[kChunk][P], s[kChunk][P];
-        scores.template get<kTail>(l, end, result.most, q);
-        upstream.template get<kTail>(l, end, s);
+        near.get(scores, l, end, q);
+        upstream.get(l, end, s);
 #pragma unroll
         for (int c = 0; c < kChunk; ++c) {
 #pragma unroll
@@ -982,7 +1005,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
         if constexpr (N > 0) {
 #pragma unroll
           for (int c = 0; c < kChunk; ++c) {
-            const float4 v = shared.a[kTail ? min(l + c * kSplits, end - 1) : l + c * kSplits];
+            const float4 v = shared.a[min(l + c * kSplits, end - 1)];
             const float a[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int r = 0; r < N; ++r) {
@@ -994,8 +1017,8 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
             }
           }
         } else {
-          add_expected<kTail>(job.p.a, rank, l, end, s, sums, lane);
-          add_expected<kTail>(job.p.a, rank, l, end, q, sums + rank * kTile<T>, lane);
+          add_expected(job.p.a, rank, l, end, s, sums, lane);
+          add_expected(job.p.a, rank, l, end, q, sums + rank * kTile<T>, lane);
         }
       });
       const float expected = scatter_sum<P>(mean);
@@ -1011,10 +1034,10 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
           dh[r * job.plane] += sum[0] - expected * sum[rank * kTile<T>];
         }
       }
-      const float most = pick<P>(result.most, lane.own), total = pick<P>(result.total, lane.own);
+      const float own_most = pick<P>(most, lane.own);
       if (mine) {
         float* stats = stats_of(job, i, k, axis);
-        stats[0] = counts ? most : FLT_MAX;  // then every exponential is 0
+        stats[0] = counts ? own_most : FLT_MAX;  // then every exponential is 0
         stats[job.plane] = counts ? 1.0f / total : 0.0f;
         stats[2 * job.plane] = counts ? expected : 0.0f;
       }
@@ -1035,7 +1058,7 @@ __device__ void add_to_all(float v, float* to) {
 }
 
 // Gradients of the logits of a tile, Σ_k unary_k dt_k, and of A and B, Σ_k dt_k H_k and Σ_k q_k dF_k.
-template <typename T, int N, bool kFactors>
+template <typename T, int N>
 __device__ void finish(const Job& job, const Shared<T>& shared, const Start& start, int64_t pixel, int count) {
   constexpr int P = kPixels<T>, kChunk = P == 8 ? 2 : 4;
   constexpr int C = N ? N : 1;
@@ -1050,10 +1073,10 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
     Upstream<T, N> upstream;
     prepare(job, shared, min(strip, strips - 1), scores, upstream);
     const T* grads = upstream.grads;
+    const bool factors = job.to.a != nullptr;
     for (int64_t axis = 0, first = 0; axis < job.p.axes; ++axis) {
       const int end = int(first) + job.p.whole[axis];
-      each_chunk<kChunk>(int(first), end, [&](int l, auto tail) {
-        constexpr bool kTail = decltype(tail)::value;
+      each_chunk<kChunk>(int(first), end, [&](int l) {
         float du[kChunk][P] = {};
         [[maybe_unused]] float ga[kChunk][C] = {}, gb[kChunk][C] = {};
         float unary = job.p.uniform ? 0.0f : 1.0f;
@@ -1082,8 +1105,9 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
           get_row<P>(from_rows + 2 * columns * kTile<T>, most);
           get_row<P>(from_rows + (2 * columns + 1) * kTile<T>, inverse);
           get_row<P>(from_rows + (2 * columns + 2) * kTile<T>, mean);
-          scores.template get<kTail>(l, end, most, q);
-          upstream.template get<kTail>(l, end, dt);
+          const Near<P> near(most);
+          near.get(scores, l, end, q);
+          upstream.get(l, end, dt);
 #pragma unroll
           for (int c = 0; c < kChunk; ++c) {
 #pragma unroll
@@ -1093,7 +1117,7 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
               du[c][p] = fmaf(unary, dt[c][p], du[c][p]);
             }
           }
-          if constexpr (kFactors) {
+          if (factors) {
             const bool of_b = k < job.updates;  // the last update hands on marginals, not F
             if constexpr (N > 0) {
 #pragma unroll
@@ -1129,8 +1153,8 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
 #pragma unroll
         for (int c = 0; c < kChunk; ++c) {
           const int label = l + c * kSplits;
-          const bool there = !kTail || label < end;
-          if constexpr (kFactors && N > 0) {
+          const bool there = label < end;
+          if (N > 0 && factors) {
 #pragma unroll
             for (int r = 0; r < N; ++r) {
               const int64_t at = int64_t(label) * rank + r;
@@ -1204,11 +1228,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward(const __grid_con
       if (k > 0) publish(job, finished);
     }
     each_tile(true, [&](int64_t first, int count) {
-      if (job.to.a) {
-        finish<T, N, true>(job, shared, start_of(job, first), first, count);
-      } else {
-        finish<T, N, false>(job, shared, start_of(job, first), first, count);
-      }
+      finish<T, N>(job, shared, start_of(job, first), first, count);
     });
   }
 }

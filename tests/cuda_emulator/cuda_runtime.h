@@ -65,11 +65,55 @@ struct Device {
 inline Device device;
 inline std::atomic<int> faults{0};
 
+// To another stack. swapcontext asks the system for the mask of signals each time, which would take most of a test.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+struct Context {
+  void* stack = nullptr;
+};
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.weak emulator_switch
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+inline void start(Context& context, char* stack, size_t bytes, void (*function)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes) - 3;
+  *--top = reinterpret_cast<void*>(function);  // aligned as after a call
+  context.stack = top - 6;
+}
+inline void switch_to(Context& from, Context& to) { emulator_switch(&from.stack, to.stack); }
+#else
+using Context = ucontext_t;
+inline void start(Context& context, char* stack, size_t bytes, void (*function)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, function, 0);
+}
+inline void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+#endif
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   char* stack = nullptr;
   void* fake = nullptr;  // of the address sanitizer
-  bool finished = false, waits = false;
+  bool finished = false;
   ~Fiber() { if (stack) munmap(stack, kStack); }
 };
 
@@ -78,7 +122,7 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<int> ready;
   std::function<void()> kernel;
-  ucontext_t scheduler;
+  Context scheduler;
   void* fake = nullptr;
   const void* bottom = nullptr;
   size_t size = 0;
@@ -105,7 +149,7 @@ inline void to_scheduler(bool finished = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(finished ? nullptr : &self.fake, block.bottom, block.size);
 #endif
-  swapcontext(&self.context, &block.scheduler);
+  switch_to(self.context, block.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self.fake, nullptr, nullptr);
 #endif
@@ -164,11 +208,7 @@ inline void run_block(char* shared, size_t bytes, unsigned seed) {
   for (int i = 0; i < threads; ++i) {
     Fiber& f = *block.fibers[i];
     f.finished = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
+    start(f.context, f.stack, kStack, fiber_main);
     block.ready.push_back(i);
   }
   int left = threads;
@@ -185,7 +225,7 @@ inline void run_block(char* shared, size_t bytes, unsigned seed) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&block.fake, f.stack, kStack);
 #endif
-    swapcontext(&block.scheduler, &f.context);
+    switch_to(block.scheduler, f.context);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(block.fake, nullptr, nullptr);
 #endif
@@ -265,6 +305,11 @@ inline void __syncwarp(unsigned = 0xffffffffu) {
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle(value, (emulator::current->running % 32) ^ mask);
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int from, int width) {
+  return emulator::shuffle(value, emulator::current->running % 32 / width * width + from);
 }
 
 template <typename T>
