@@ -281,7 +281,8 @@ def _on_kernels(
         return q if temperature is None else reference.annealed_mean(q, temperature, bins)
     if temperature is None:
         return _mean_field(*tensors, *fixed, False)[0]
-    return _mean_field_annealed(*tensors, *fixed, _colors(bins, logits.device), float(temperature))
+    colors = (_colors if torch.compiler.is_compiling() else _kept_colors)(bins, logits.device)
+    return _mean_field_annealed(*tensors, *fixed, colors, float(temperature))
 
 
 def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,11 +294,25 @@ def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> t
         space = weight * reference.gaussian(distance, sigma_space)
     else:
         steps = [d / sigma_space for d in distances]
-        space = like.new_tensor([weight * math.exp(-0.5 * z * z) for z in steps], dtype=torch.float32)
+        space = _constant([weight * math.exp(-0.5 * z * z) for z in steps], like)
     # a tiny sigma must leave 0 · (1 / sigma) = 0
     if isinstance(sigma_light, Tensor):
         return space, (1 / sigma_light).float().clamp(max=_LARGEST)
-    return space, like.new_tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32)
+    return space, _constant(min(1 / sigma_light, _LARGEST), like)
+
+
+def _constant(numbers: float | list[float], like: Tensor) -> Tensor:
+    """Numbers in float32 on a tensor's device."""
+    if like.device.type == "cpu" or torch.compiler.is_compiling():
+        return like.new_tensor(numbers, dtype=torch.float32)
+    return _on_device(tuple(numbers) if isinstance(numbers, list) else numbers, torch.float32, like.device)
+
+
+@lru_cache(maxsize=256)
+def _on_device(numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, since a copy to a device makes the host wait for it, and cannot be captured in a graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _colors(bins: ColorBins, device: torch.device) -> Tensor:
@@ -309,6 +324,12 @@ def _colors(bins: ColorBins, device: torch.device) -> Tensor:
         else:
             colors[place, axis] = centers[:, 0].to(colors)
     return colors
+
+
+@lru_cache(maxsize=32)
+def _kept_colors(bins: ColorBins, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _colors(bins, device)
 
 
 def _labels_last(logits: Tensor) -> bool:
@@ -386,7 +407,7 @@ class _NativeCuda:
     def __init__(self, problem: Problem):
         logits, a, prior = problem.logits, problem.a, problem.prior
         batch, labels, height, width = logits.shape
-        whole = _on_device((*problem.counts, *problem.dy, *problem.dx), logits.device)
+        whole = _on_device((*problem.counts, *problem.dy, *problem.dx), torch.int32, logits.device)
         reach_y, reach_x = (max((abs(d) for d in steps), default=0) for steps in (problem.dy, problem.dx))
         self.kept = problem, whole
         self.module = _backend.native("_cuda")
@@ -400,13 +421,6 @@ class _NativeCuda:
 
     def scratch(self, floats: int) -> Tensor:
         return torch.empty(floats, device=self.kept[0].logits.device)
-
-
-@lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, since a copy from the host makes it wait for the device, and cannot be captured in a graph."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 def _forward_on_cuda(problem: Problem, marginals, colors, temperature, ab, states) -> None:

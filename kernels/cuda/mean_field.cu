@@ -17,9 +17,8 @@ namespace {
 // those with l = s (mod 8), and all pixels of the strip. So a row of a table is read once for a whole strip, logits are
 // read 16 bytes at a time, and a sum over labels is a sum over a lane's own registers, then over eight lanes.
 constexpr int kSplits = 8, kStrips = 4;
-constexpr int kThreads = 384;          // of a multiprocessor: 168 registers for each
-constexpr int kBackwardThreads = 256;  // likewise: 255
-constexpr int kOffsets = 256;          // of the neighbourhood, in shared memory; those beyond are read from memory
+constexpr int kThreads = 256;  // of a multiprocessor: 255 registers for each
+constexpr int kOffsets = 256;  // of the neighbourhood, in shared memory; those beyond are read from memory
 constexpr int kMostBlocks = 4096;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -689,7 +688,7 @@ __device__ void add_expected(const float* m, int columns, int l, int end, const 
 template <typename T, int N>
 __device__ void update(const Job& job, const Shared<T>& shared, int64_t k, float unary, const Start& start, int count,
                        bool ones) {
-  constexpr int P = kPixels<T>, kChunk = P == 8 && N == 4 ? 3 : 4;  // as many as registers hold
+  constexpr int P = kPixels<T>, kChunk = 4;
   const bool last = k == job.updates, annealed = last && job.ab;
   const float scale = annealed ? job.annealed_scale : kLog2E;
   const Lane<T> lane;
@@ -947,7 +946,7 @@ __device__ void make_adjoints(const Job& job, const Shared<T>& shared, const Lan
 template <typename T, int N>
 __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, float unary, const Start& start,
                           int count) {
-  constexpr int P = kPixels<T>, kChunk = P == 8 ? 2 : 4;
+  constexpr int P = kPixels<T>, kChunk = P == 4 ? 4 : N == 4 ? 1 : 2;
   const bool last = k == job.updates;
   const Lane<T> lane;
   const int rank = int(job.p.rank), columns = N ? N : rank, strips = (count + P - 1) / P;
@@ -964,7 +963,6 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
     scores.c = unary * kLog2E;
     if (!last) upstream.grads = nullptr;
     scores.read_rows(shared.rows + lane.strip * P);
-    upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);
     // dH, without what this update's softmaxes add: scores that update k + 1 has kept, or damped
     float* dh = i.inside ? adjoint_of(job, i, k, 1) : nullptr;
     for (int r = 0; mine && r < rank; ++r) {
@@ -977,6 +975,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
       float none[N ? N : 1], most[P], inverse[P], mean[P], e1[N ? N : 1][P], e2[N ? N : 1][P];
       const float total = softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, most, none);
       share(counts ? 1.0f / total : 0.0f, inverse);
+      upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);  // not before: registers are short
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         mean[p] = 0.0f;
@@ -1060,7 +1059,7 @@ __device__ void add_to_all(float v, float* to) {
 // Gradients of the logits of a tile, Σ_k unary_k dt_k, and of A and B, Σ_k dt_k H_k and Σ_k q_k dF_k.
 template <typename T, int N>
 __device__ void finish(const Job& job, const Shared<T>& shared, const Start& start, int64_t pixel, int count) {
-  constexpr int P = kPixels<T>, kChunk = P == 8 ? 2 : 4;
+  constexpr int P = kPixels<T>, kChunk = P == 4 ? 4 : N == 4 ? 1 : 2;
   constexpr int C = N ? N : 1;
   const Lane<T> lane;
   const int rank = int(job.p.rank), columns = N ? N : rank, strips = (count + P - 1) / P;
@@ -1192,7 +1191,7 @@ __device__ void finish(const Job& job, const Shared<T>& shared, const Start& sta
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kBackwardThreads, 1) backward(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, 1) backward(const __grid_constant__ Job job) {
   const Shared<T> shared = shared_memory<T>(job.layout);
   read_offsets(job, shared);
   if (N > 0) read_tables<N>(job, job.p.b, job.p.rank, 0, shared.a, shared.b);
@@ -1352,7 +1351,7 @@ int64_t budget_of(const Shape& s, const Device& d, int of_multiprocessor) {
 
 // Logits of whole images in shared memory, in the fewest turns; where not one image fits, tiles that take turns in it.
 bool plan(const Shape& s, const Device& d, Plan& best) {
-  const int tile = kStrips * s.pixels, most_warps = (s.backward ? kBackwardThreads : kThreads) / 32;
+  const int tile = kStrips * s.pixels, most_warps = kThreads / 32;
   double least = INFINITY;
   for (int each : {1, 2}) {  // blocks of a multiprocessor: while one waits, another works
     const int warps = most_warps / each;
@@ -1366,10 +1365,11 @@ bool plan(const Shape& s, const Device& d, Plan& best) {
     p.pixels = std::max<int64_t>(round_up((p.images * s.plane + blocks - 1) / blocks, s.pixels), std::min<int64_t>(room, tile));
     p.tile = int(p.pixels);
     p.blocks = int((p.images * s.plane + p.pixels - 1) / p.pixels);
-    p.threads = 32 * int(std::min<int64_t>(warps, (p.pixels + tile - 1) / tile));
+    const int64_t tiles = (p.pixels + tile - 1) / tile, used = std::min<int64_t>(warps, tiles);
+    p.threads = 32 * int(used);
     // four schedulers share the warps; a block alone on its multiprocessor leaves it idle while it waits
-    const double turns = std::ceil(((p.pixels + tile - 1) / tile) * each / 4.0);
-    const double cost = double(p.groups) * turns * (each == 1 ? 1.15 : 1.0);
+    const int64_t turns = (tiles + used - 1) / used * ((used * each + 3) / 4);
+    const double cost = double(p.groups * turns) * (each == 1 ? 1.15 : 1.0);
     if (cost < least) least = cost, best = p;
   }
   if (least == INFINITY) {

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# multiprocessors and bytes of shared memory: one block, several, and as few bytes as the kernel runs with at all
-DEVICES = {"one": (1, 200 << 10), "many": (3, 40 << 10), "streaming": (2, 0)}
+# Multiprocessors, and bytes of shared memory or how to choose them: "image" is as few as hold one image, so that a
+# batch is visited in groups; "tile" as few as the kernel runs with, where the tiles of an image take turns.
+DEVICES = {"one": (1, 200 << 10), "many": (3, 40 << 10), "groups": (3, "image"), "streaming": (2, "tile")}
 # Float32 scores err by some 1e-7 of what is summed, and each sweep hands that on; 16 bits round the result.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 LARGEST_ERRORS = {}  # printed by `pytest -rP -k largest_errors`
@@ -79,9 +81,10 @@ class Emulator:
             getattr(self.library, name).restype = ctypes.c_int64
         self.division = {}  # of the last call
 
-    def set_device(self, multiprocessors: int, shared: int, seed: int = 0) -> None:
+    def set_device(self, multiprocessors: int, shared: int | str, seed: int = 0) -> None:
         self.device = multiprocessors, shared, seed
-        self.library.set_device(multiprocessors, shared, seed)
+        if not isinstance(shared, str):
+            self.library.set_device(multiprocessors, shared, seed)
 
     def problem(self, p: Problem) -> CProblem:
         self.whole = torch.tensor([*p.counts, *p.dy, *p.dx], dtype=torch.int32)
@@ -99,16 +102,18 @@ class Emulator:
         return torch.full((self.library.scratch(ctypes.byref(native), *options),), math.nan)
 
     def _divide(self, native, backward: int) -> None:
+        """How the work is divided among blocks, with as much shared memory as the device is to have."""
         numbers = (ctypes.c_int64 * 6)()
         multiprocessors, shared, seed = self.device
-        if shared == 0:
-            shared = 2048
-            self.library.set_device(multiprocessors, shared, seed)
-            while self.library.division(ctypes.byref(native), backward, numbers) != 0:
-                shared += 512
-                self.library.set_device(multiprocessors, shared, seed)
-        assert self.library.division(ctypes.byref(native), backward, numbers) == 0
-        self.division = dict(zip(("threads", "blocks", "groups", "pixels", "tile", "vectors"), numbers, strict=True))
+        sizes = range(2048, 256 << 10, 256) if isinstance(shared, str) else [shared]
+        for size in sizes:
+            self.library.set_device(multiprocessors, size, seed)
+            if self.library.division(ctypes.byref(native), backward, numbers) == 0:
+                names = ("threads", "blocks", "groups", "pixels", "tile", "vectors")
+                self.division = dict(zip(names, numbers, strict=True))
+                if shared != "image" or self.division["pixels"] <= self.division["tile"]:
+                    return
+        raise AssertionError("the device is too small")
 
     def forward(self, p: Problem, marginals, colors, temperature, ab, states) -> None:
         native = self.problem(p)
@@ -151,7 +156,7 @@ def library(tmp_path_factory):
 def emulator(request, library, monkeypatch):
     """fastcolor with the backend "cuda", on CPU tensors."""
     emulator = Emulator(library)
-    emulator.set_device(*DEVICES[request.param], seed=1)
+    emulator.set_device(*DEVICES[request.param], seed=zlib.crc32(request.node.name.encode()))
     monkeypatch.setattr(op, "_chosen", lambda device, forced: "reference" if "reference" in forced else "cuda")
     monkeypatch.setattr(op, "_kernels", lambda problem, backend: (emulator.forward, emulator.backward))
     return emulator
@@ -189,6 +194,33 @@ def test_shapes(emulator, shape, schedule):
     for neighborhood in op.NEIGHBORHOODS:
         check("shapes", logits, guide, neighborhood=neighborhood, schedule=schedule, sweeps=3)
     check("shapes", logits, guide, symmetric(shape[1]), schedule=schedule, sweeps=2)
+
+
+def test_division(emulator, request):
+    """The devices of these tests do send the kernel down all of its ways."""
+    logits, guide = problem((6, 37, 8, 16), dtype=torch.float16)
+    mean_field(logits, guide, similarity=tuple(0.1 * symmetric(37)[:, :3] for _ in "ab"), sweeps=1, radius=1)
+    expected = {
+        "one": {"groups": 1, "blocks": 2},
+        "many": {"groups": 1, "blocks": 6},
+        "groups": {"groups": 6},
+        "streaming": {"groups": 1},
+    }[request.node.callspec.params["emulator"]]
+    for name, value in expected.items():
+        assert emulator.division[name] == value, emulator.division
+    assert (emulator.division["tile"] < emulator.division["pixels"]) == ("streaming" in request.node.name)
+    for shape, layout, vectors in (((1, 3, 4, 8), 0, 1), ((1, 3, 3, 5), 0, 0), ((1, 3, 4, 8), 1, 0)):
+        mean_field(torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]), torch.rand(1, 1, *shape[2:]),
+                   similarity="potts", sweeps=1)  # fmt: skip
+        assert emulator.division["vectors"] == vectors
+
+
+def test_resident_pixels(emulator):
+    """On a device like an H200: 227 KB for each of 132 multiprocessors."""
+    emulator.library.set_device(132, 228 << 10, 0)
+    sixteen, thirty_two = (emulator.library.resident_pixels(s, ctypes.c_int64(313), ctypes.c_int64(3)) for s in (2, 0))
+    assert 10 * 64 * 64 <= sixteen <= 132 * (227 << 10) / 626
+    assert 5 * 64 * 64 <= thirty_two <= sixteen / 2 + 132 * 8
 
 
 @pytest.mark.parametrize("neighborhood", op.NEIGHBORHOODS)
