@@ -106,6 +106,18 @@ PYTHON
 }
 step "backends are there" backends
 step "pytest -m gpu" gpu_tests
+# Memory, and the barriers and shared memory of kernels, on a few small tests of the CUDA C++ backend. Without torch's
+# cache of memory, whose blocks are larger than the tensors in them.
+sanitize() {  # TOOL
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
+    -p no:cacheprovider tests/ops/test_mean_field_gpu.py \
+    -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic))"
+}
+if [ $device = cuda ] && command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck synccheck; do
+    step "compute-sanitizer $tool" sanitize $tool > "$scratch/$tool.log" 2>&1 || tail -n 30 "$scratch/$tool.log"
+  done
+fi
 for file in $(grep -l -- '"--device"' benchmarks/ops/*.py); do  # those that have a GPU side
   name=$(basename "$file" .py)
   step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cuda/lab.h"
+#include "cuda/mean_field.h"
 
 namespace py = pybind11;
 namespace cuda = fastcolor::cuda;
@@ -29,4 +30,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("rgb_to_lab_backward", [](Address grad_lab, bool grad_lab_interleaved, Address rgb, bool rgb_interleaved, Address grad_rgb, bool grad_rgb_interleaved, int64_t images, int64_t pixels, Address stream) { check(cuda::rgb_to_lab_backward(at<float>(grad_lab), grad_lab_interleaved, at<float>(rgb), rgb_interleaved, at<float>(grad_rgb), grad_rgb_interleaved, images, pixels, stream_at(stream))); });
   m.def("lab_to_rgb", [](Address lab, bool lab_interleaved, Address rgb, int sample, bool rgb_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, Address stream) { check(cuda::lab_to_rgb(at<float>(lab), lab_interleaved, at<void>(rgb), cuda::Sample(sample), rgb_interleaved, preserve_lightness, images, pixels, stream_at(stream))); });
   m.def("lab_to_rgb_backward", [](Address grad_rgb, bool grad_rgb_interleaved, Address lab, bool lab_interleaved, Address grad_lab, bool grad_lab_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, Address stream) { check(cuda::lab_to_rgb_backward(at<float>(grad_rgb), grad_rgb_interleaved, at<float>(lab), lab_interleaved, at<float>(grad_lab), grad_lab_interleaved, preserve_lightness, images, pixels, stream_at(stream))); });
+
+  using Field = cuda::MeanFieldProblem;
+  py::class_<Field>(m, "MeanFieldProblem").def(py::init([](Address logits, int storage, bool labels_last, int64_t batch, int64_t labels, int64_t height, int64_t width, int64_t axes, int64_t rank, int64_t offsets, int64_t reach_y, int64_t reach_x, Address whole, Address a, Address b, Address guide, Address space, Address sharpness, Address prior, int64_t sweeps, bool checkerboard, float damping, bool uniform) { return Field{at<void>(logits), cuda::Storage(storage), labels_last, batch, labels, height, width, axes, rank, offsets, reach_y, reach_x, at<int>(whole), at<float>(a), at<float>(b), at<float>(guide), at<float>(space), at<float>(sharpness), at<float>(prior), sweeps, checkerboard, damping, uniform}; }));
+  m.def("mean_field_scratch", &cuda::mean_field_scratch);
+  m.def("mean_field_backward_scratch", &cuda::mean_field_backward_scratch);
+  m.def("mean_field_resident_pixels", [](int storage, int64_t labels, int64_t rank) { int64_t pixels = 0; check(cuda::mean_field_resident_pixels(cuda::Storage(storage), labels, rank, &pixels)); return pixels; });
+  m.def("mean_field", [](const Field& problem, Address marginals, Address colors, float temperature, Address ab, Address states, Address scratch, Address stream) { check(cuda::mean_field(problem, at<void>(marginals), at<float>(colors), temperature, at<float>(ab), at<float>(states), at<float>(scratch), stream_at(stream))); });
+  m.def("mean_field_backward", [](const Field& problem, Address grad, Address states, Address grad_logits, Address grad_a, Address grad_b, Address grad_guide, Address grad_space, Address grad_sharpness, Address grad_prior, Address scratch, Address stream) { check(cuda::mean_field_backward(problem, at<void>(grad), at<float>(states), {at<float>(grad_logits), at<float>(grad_a), at<float>(grad_b), at<float>(grad_guide), at<float>(grad_space), at<float>(grad_sharpness), at<float>(grad_prior)}, at<float>(scratch), stream_at(stream))); });
 }

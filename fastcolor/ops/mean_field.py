@@ -279,34 +279,33 @@ def _on_kernels(
 def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> tuple[Tensor, Tensor]:
     """The weight of each offset between equal lightnesses [O], and 1 / sigma_light []."""
     weight, sigma_space, sigma_light = (options[name] for name in ("weight", "sigma_space", "sigma_light"))
-    learned = any(isinstance(x, Tensor) for x in (weight, sigma_space, sigma_light))
-    if not learned and not torch.compiler.is_compiling():
-        return _fixed_pair_terms(tuple(around), weight, sigma_space, sigma_light, like.device)
     distances = [math.hypot(dy, dx) for dy, dx in around]
     if isinstance(weight, Tensor) or isinstance(sigma_space, Tensor):
-        distance = like.new_tensor(distances, dtype=torch.float32)
-        space = weight * reference.gaussian(distance, sigma_space)
+        space = weight * reference.gaussian(_constant(distances, like), sigma_space)
     else:
         steps = [d / sigma_space for d in distances]
-        space = like.new_tensor([weight * math.exp(-0.5 * z * z) for z in steps], dtype=torch.float32)
+        space = _constant([weight * math.exp(-0.5 * z * z) for z in steps], like)
     # a tiny sigma must leave 0 · (1 / sigma) = 0
     if isinstance(sigma_light, Tensor):
         return space, (1 / sigma_light).float().clamp(max=_LARGEST)
-    return space, like.new_tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32)
+    return space, _constant(min(1 / sigma_light, _LARGEST), like)
 
 
-# Tables of plain numbers are kept: on a GPU their copies would make every call wait for the device. They are made
-# outside inference mode, whose tensors could not be used in training.
+# Tables of plain numbers are kept: a copy to a device makes the host wait for it, and cannot be captured in a graph. They
+# are made outside inference mode, whose tensors could not be used in training. torch.compile does not see the caches.
 
 
-@lru_cache(maxsize=32)
+def _constant(numbers: float | list[float], like: Tensor) -> Tensor:
+    """Numbers in float32 on a tensor's device."""
+    if torch.compiler.is_compiling():
+        return like.new_tensor(numbers, dtype=torch.float32)
+    return _on_device(tuple(numbers) if isinstance(numbers, list) else numbers, torch.float32, like.device)
+
+
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _fixed_pair_terms(
-    around: tuple[tuple[int, int], ...], weight: float, sigma_space: float, sigma_light: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    steps = [math.hypot(dy, dx) / sigma_space for dy, dx in around]
-    space = torch.tensor([weight * math.exp(-0.5 * z * z) for z in steps], dtype=torch.float32, device=device)
-    return space, torch.tensor(min(1 / sigma_light, _LARGEST), dtype=torch.float32, device=device)
+def _on_device(numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=32)
@@ -400,10 +399,66 @@ def _backward_on_cpp(problem: Problem, grad: Tensor, states: Tensor, to: Gradien
     _backend.native("_cpu").mean_field_backward(native.problem, grad.data_ptr(), states.data_ptr(), *addresses)
 
 
+class _NativeCuda:
+    """The arguments of a CUDA kernel, with the tensors whose addresses it has and what it needs beside them."""
+
+    def __init__(self, problem: Problem):
+        logits, a, prior = problem.logits, problem.a, problem.prior
+        batch, labels, height, width = logits.shape
+        whole = _on_device((*problem.counts, *problem.dy, *problem.dx), torch.int32, logits.device)
+        reach_y, reach_x = (max((abs(d) for d in steps), default=0) for steps in (problem.dy, problem.dx))
+        self.kept = problem, whole
+        self.module = _backend.native("_cuda")
+        self.problem = self.module.MeanFieldProblem(
+            logits.data_ptr(), _STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
+            len(problem.counts), a.shape[1], len(problem.dy), reach_y, reach_x, whole.data_ptr(), a.data_ptr(),
+            problem.b.data_ptr(), problem.guide.data_ptr(), problem.space.data_ptr(), problem.sharpness.data_ptr(),
+            _address(prior), problem.sweeps, problem.checkerboard, problem.damping, problem.uniform,
+        )  # fmt: skip
+        self.stream = torch.cuda.current_stream(logits.device).cuda_stream
+
+    def scratch(self, floats: int) -> Tensor:
+        return torch.empty(floats, device=self.kept[0].logits.device)
+
+
+def _forward_on_cuda(problem: Problem, marginals, colors, temperature, ab, states) -> None:
+    with torch.cuda.device(problem.logits.device):
+        native = _NativeCuda(problem)
+        scratch = native.scratch(native.module.mean_field_scratch(native.problem, states is not None))
+        native.module.mean_field(
+            native.problem, _address(marginals), _address(colors), temperature, _address(ab), _address(states),
+            scratch.data_ptr(), native.stream,
+        )  # fmt: skip
+
+
+def _backward_on_cuda(problem: Problem, grad: Tensor, states: Tensor, to: Gradients) -> None:
+    with torch.cuda.device(problem.logits.device):
+        native, addresses = _NativeCuda(problem), [_address(x) for x in to]
+        scratch = native.scratch(native.module.mean_field_backward_scratch(native.problem))
+        native.module.mean_field_backward(
+            native.problem, grad.data_ptr(), states.data_ptr(), *addresses, scratch.data_ptr(), native.stream
+        )
+
+
+def _better_on_triton(problem: Problem) -> bool:
+    """Whether nobody asked for the CUDA kernel, one image does not fit in the device's shared memory, where it could
+    stay for all sweeps, and Triton is there. Both have the same states."""
+    if _backend.forced() or _backend.missing("triton") is not None:
+        return False
+    batch, labels, height, width = problem.logits.shape
+    with torch.cuda.device(problem.logits.device):
+        pixels = _backend.native("_cuda").mean_field_resident_pixels(
+            _STORAGE[problem.logits.dtype], labels, problem.a.shape[1]
+        )
+    return batch > 0 and height * width > pixels
+
+
 def _kernels(problem: Problem, backend: str):
     """The forward and the backward function of a backend; their arguments are those of kernels/triton/mean_field.py."""
     if backend == "cpp":
         return _forward_on_cpp, _backward_on_cpp
+    if backend == "cuda" and not _better_on_triton(problem):
+        return _forward_on_cuda, _backward_on_cuda
     from fastcolor.kernels.triton import mean_field as triton_mean_field  # triton is optional
 
     return triton_mean_field.mean_field, triton_mean_field.mean_field_backward

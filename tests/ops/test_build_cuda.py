@@ -1,4 +1,7 @@
-"""The CUDA sources compile for sm_80 and sm_90a wherever nvcc is, and keep their values in registers."""
+"""The CUDA sources compile for sm_80 and sm_90a wherever nvcc is, and keep their values in registers.
+
+`pytest -rP` shows what each kernel takes of them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,15 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 NVCC = shutil.which("nvcc")
 
 
+def readable(name: str) -> str:
+    """What a mangled name says, as far as that is at hand."""
+    demangler = shutil.which("c++filt")
+    if demangler is None:
+        return name
+    shown = subprocess.run([demangler, name], capture_output=True, text=True).stdout
+    return re.sub(r"^void |fastcolor::cuda::|\(anonymous namespace\)::|\(.*\)$", "", shown.strip())
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
 @pytest.mark.parametrize("source", sorted(KERNELS.glob("cuda/*.cu")), ids=lambda path: path.name)
 def test_compiles_without_spills(source, tmp_path):
@@ -24,5 +36,10 @@ def test_compiles_without_spills(source, tmp_path):
         pytest.skip(f"this nvcc is too old for sm_90a: {built.stderr.strip()}")
     assert built.returncode == 0, built.stderr
     assert "warning" not in built.stderr, built.stderr
+    entry = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers([^\n]*)"
+    for name, arch, spilled, registers, more in re.findall(entry, built.stderr, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", more)
+        static = shared[1] if shared else 0  # dynamic shared memory is asked for at the launch
+        print(f"{arch:7} {registers:>3} registers {spilled:>3} spilled {static:>5} static shared  {readable(name)}")
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
     assert kernels and all(set(k) == {"0"} for k in kernels), built.stderr
