@@ -291,8 +291,8 @@ def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> t
     return space, _constant(min(1 / sigma_light, _LARGEST), like)
 
 
-# Tables of plain numbers are kept: a copy to a device makes the host wait for it, and cannot be captured in a graph. They
-# are made outside inference mode, whose tensors could not be used in training. torch.compile does not see the caches.
+# Tables of plain numbers are kept: a copy to a device makes the host wait for it, and cannot be captured in a graph.
+# They are made outside inference mode, whose tensors could not be used in training. torch.compile goes past the caches.
 
 
 def _constant(numbers: float | list[float], like: Tensor) -> Tensor:
