@@ -31,11 +31,13 @@ MANY_PIXELS = 64  # of a program, many columns: tiles of [64 labels, 64 pixels] 
 MANY_WARPS = 4
 CHUNK = 64  # labels of a tile: 313 of them pad to 320
 LANES = 8  # of a chunk, few columns: each has its own maximum and sums, which meet after the last chunk
-OFFSETS = 8  # neighbours that are on their way from memory at once
+OFFSETS = 8  # neighbours that are on their way from memory at once, few columns
+ARRIVING = 128  # many columns: neighbours times columns
 
 _FEATURES, _MARGINALS, _COLORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what an update leaves
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # in place of −inf, from which −inf can be taken away
+_VARYING = ("blocks", "height", "width", "offsets", "slots", "before", "after")  # not worth a compilation each
 _PTX = tl.constexpr(torch.version.hip is None and not interpreting())
 
 
@@ -132,17 +134,18 @@ def _gather_few(
 def _gather_many(
     source_ptr, guide_ptr, space_ptr, sharpness_ptr, offsets_ptr,
     i, valid, pixels, height, width, offsets,
-    R: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, O: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_ij of the planes [R, pixels]: [ROWS, P], 0 from row R."""
     r = tl.arange(0, ROWS)
-    planes = source_ptr + r.to(tl.int64)[:, None] * pixels
+    planes = source_ptr + r.to(tl.int64)[None, :, None] * pixels
     g = tl.zeros([ROWS, P], tl.float32)
-    for o in range(offsets):
+    for first in range(0, offsets, O):
         w, _, j, inside = _neighbors(
-            guide_ptr, space_ptr, sharpness_ptr, offsets_ptr, o + tl.arange(0, 1), i, valid, height, width, offsets
+            guide_ptr, space_ptr, sharpness_ptr, offsets_ptr, first + tl.arange(0, O), i, valid, height, width, offsets
         )
-        g += w * tl.load(planes + j, mask=inside & (r < R)[:, None], other=0.0)
+        f = tl.load(planes + j[:, None, :], mask=inside[:, None, :] & (r < R)[None, :, None], other=0.0)
+        g += tl.sum(w[:, None, :] * f, 0)
     return g
 
 
@@ -232,16 +235,75 @@ def _scores_few(
     """t = unary u + A H, −inf where the axis has ended: [L, G, P]."""
     there = known & valid[None, None, :]
     if UNARY:
-        u = tl.load(logits_ptr + _places(label, i[None, None, :], pixels, K, LABELS_LAST), mask=there, other=0.0)
-        t = u.to(tl.float32) * unary
+        places = _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32) * unary
     else:  # a uniform start: −inf · 0 must not appear
-        t = tl.where(there, 0.0, 0.0)
+        t = tl.where(there, 0.0, float("-inf"))
     if FIELD:
         t += _product(a_ptr, label, known, h0, h1, h2, h3, R)
-    return tl.where(known, t, float("-inf"))
+    return t
 
 
 @triton.jit
+def _axis_few(
+    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, h0, h1, h2, h3,
+    OUTPUT: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
+    K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """One axis of labels: Σ_l b[l] q_l, [P] for each column of B; or its marginals, written."""
+    COLUMNS: tl.constexpr = 2 if OUTPUT == _COLORS else R
+    logits = logits_ptr + image * K * pixels
+    # Every lane g of labels goes by itself: m is its largest score, the sums are relative to 2^m.
+    m = tl.full([G, P], _LOWEST, tl.float32)
+    s = tl.zeros([G, P], tl.float32)
+    f0 = tl.zeros([G, P], tl.float32)
+    f1 = tl.zeros([G, P], tl.float32)
+    f2 = tl.zeros([G, P], tl.float32)
+    f3 = tl.zeros([G, P], tl.float32)
+    for first in range(BEGIN, END, L * G):
+        label = _labels_few(first, L, G, TOGETHER)
+        known = label < END
+        t = _scores_few(
+            logits, a_ptr, label, known, i, valid, pixels, unary, h0, h1, h2, h3,
+            FIELD, UNARY, LABELS_LAST, K, R,
+        )  # fmt: skip
+        most = tl.maximum(m, tl.max(t, 0) * scale)
+        shrink = _exp2(m - most)
+        # `most` is rounded once for all labels of a lane: that cancels, also at scores of 1e4
+        e = _exp2(t * scale - most[None, :, :])
+        m = most
+        s = s * shrink + tl.sum(e, 0)
+        if OUTPUT != _MARGINALS:
+            at = b_ptr + label * COLUMNS
+            f0 = f0 * shrink + tl.sum(e * tl.load(at, mask=known, other=0.0), 0)
+            if COLUMNS > 1:
+                f1 = f1 * shrink + tl.sum(e * tl.load(at + 1, mask=known, other=0.0), 0)
+            if COLUMNS > 2:
+                f2 = f2 * shrink + tl.sum(e * tl.load(at + 2, mask=known, other=0.0), 0)
+            if COLUMNS > 3:
+                f3 = f3 * shrink + tl.sum(e * tl.load(at + 3, mask=known, other=0.0), 0)
+    most = tl.max(m, 0)
+    shrink = _exp2(m - most[None, :])
+    inverse = 1 / tl.sum(s * shrink, 0)
+    if OUTPUT == _MARGINALS:
+        for first in range(BEGIN, END, L * G):  # u once more, now from the cache
+            label = _labels_few(first, L, G, TOGETHER)
+            known = label < END
+            t = _scores_few(
+                logits, a_ptr, label, known, i, valid, pixels, unary, h0, h1, h2, h3,
+                FIELD, UNARY, LABELS_LAST, K, R,
+            )  # fmt: skip
+            q = _exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
+            at = to_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+            tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known & valid[None, None, :])
+    return (
+        tl.sum(f0 * shrink, 0) * inverse, tl.sum(f1 * shrink, 0) * inverse,
+        tl.sum(f2 * shrink, 0) * inverse, tl.sum(f3 * shrink, 0) * inverse,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def update_few_kernel(
     logits_ptr,  # [B, K, pixels] or [B, pixels, K]
     guide_ptr,  # [B, pixels]
@@ -295,78 +357,31 @@ def update_few_kernel(
         _store_few(states, i, valid, pixels, h0, h1, h2, h3, R)
     if OUTPUT != _FEATURES:
         active = valid  # the marginals of both colours of the board
-    COLUMNS: tl.constexpr = 2 if OUTPUT == _COLORS else R
-    logits = logits_ptr + image * K * pixels
-    total0 = tl.zeros([P], tl.float32)
-    total1 = total0
-    total2 = total0
-    total3 = total0
-    for axis in tl.static_range(1 if FIRST_AXIS == K else 2):
-        begin: tl.constexpr = 0 if axis == 0 else FIRST_AXIS
-        end: tl.constexpr = FIRST_AXIS if axis == 0 else K
-        # every lane g of labels goes by itself: m is its largest score, the sums are relative to 2^m
-        m = tl.full([G, P], _LOWEST, tl.float32)
-        s = tl.zeros([G, P], tl.float32)
-        f0 = s
-        f1 = s
-        f2 = s
-        f3 = s
-        for first in tl.static_range(begin, end, L * G):
-            label = _labels_few(first, L, G, TOGETHER)
-            known = label < end
-            t = _scores_few(
-                logits, a_ptr, label, known, i, active, pixels, unary, h0, h1, h2, h3,
-                FIELD, UNARY, LABELS_LAST, K, R,
-            )  # fmt: skip
-            most = tl.maximum(m, tl.max(t, 0) * scale)
-            shrink = _exp2(m - most)
-            # one rounding for all labels of a lane: it cancels, also at scores of 1e4
-            e = _exp2(t * scale - most[None, :, :])
-            m = most
-            s = s * shrink + tl.sum(e, 0)
-            if OUTPUT != _MARGINALS:
-                at = b_ptr + label * COLUMNS
-                f0 = f0 * shrink + tl.sum(e * tl.load(at, mask=known, other=0.0), 0)
-                if COLUMNS > 1:
-                    f1 = f1 * shrink + tl.sum(e * tl.load(at + 1, mask=known, other=0.0), 0)
-                if COLUMNS > 2:
-                    f2 = f2 * shrink + tl.sum(e * tl.load(at + 2, mask=known, other=0.0), 0)
-                if COLUMNS > 3:
-                    f3 = f3 * shrink + tl.sum(e * tl.load(at + 3, mask=known, other=0.0), 0)
-        most = tl.max(m, 0)
-        shrink = _exp2(m - most[None, :])
-        inverse = 1 / tl.sum(s * shrink, 0)
-        if OUTPUT == _MARGINALS:
-            for first in tl.static_range(begin, end, L * G):  # u once more, now from the cache
-                label = _labels_few(first, L, G, TOGETHER)
-                known = label < end
-                t = _scores_few(
-                    logits, a_ptr, label, known, i, active, pixels, unary, h0, h1, h2, h3,
-                    FIELD, UNARY, LABELS_LAST, K, R,
-                )  # fmt: skip
-                q = _exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
-                at = to_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
-                tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known & valid[None, None, :])
-        else:
-            total0 += tl.sum(f0 * shrink, 0) * inverse
-            if COLUMNS > 1:
-                total1 += tl.sum(f1 * shrink, 0) * inverse
-            if COLUMNS > 2:
-                total2 += tl.sum(f2 * shrink, 0) * inverse
-            if COLUMNS > 3:
-                total3 += tl.sum(f3 * shrink, 0) * inverse
+    x0, x1, x2, x3 = _axis_few(
+        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h0, h1, h2, h3,
+        OUTPUT, FIELD, UNARY, LABELS_LAST, TOGETHER, K, 0, FIRST_AXIS, R, L, G, P,
+    )  # fmt: skip
+    if FIRST_AXIS < K:
+        y0, y1, y2, y3 = _axis_few(
+            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h0, h1, h2, h3,
+            OUTPUT, FIELD, UNARY, LABELS_LAST, TOGETHER, K, FIRST_AXIS, K, R, L, G, P,
+        )  # fmt: skip
+        x0 += y0
+        x1 += y1
+        x2 += y2
+        x3 += y3
     if OUTPUT == _COLORS:
-        _store_few(to_ptr + image * 2 * pixels, i, valid, pixels, total0, total1, total2, total3, 2)
+        _store_few(to_ptr + image * 2 * pixels, i, valid, pixels, x0, x1, x2, x3, 2)
     if OUTPUT == _FEATURES:
         if PARITY >= 0:
             old = _state(states_ptr, image, slots, before, 1, pixels, R)
             o0, o1, o2, o3 = _load_few(old, i, valid, pixels, R)
-            total0 = tl.where(active, total0, o0)
-            total1 = tl.where(active, total1, o1)
-            total2 = tl.where(active, total2, o2)
-            total3 = tl.where(active, total3, o3)
+            x0 = tl.where(active, x0, o0)
+            x1 = tl.where(active, x1, o1)
+            x2 = tl.where(active, x2, o2)
+            x3 = tl.where(active, x3, o3)
         after_ptr = _state(states_ptr, image, slots, after, 1, pixels, R)
-        _store_few(after_ptr, i, valid, pixels, total0, total1, total2, total3, R)
+        _store_few(after_ptr, i, valid, pixels, x0, x1, x2, x3, R)
 
 
 # --- many columns: tiles [C, P] of labels and pixels, products on the tensor cores ------------------------------------
@@ -387,18 +402,59 @@ def _scores_many(
 ):  # fmt: skip
     """t = unary u + A H, −inf where the axis has ended: [C, P]."""
     there = known[:, None] & valid[None, :]
-    t = tl.zeros([C, P], tl.float32)
     if UNARY:
-        u = tl.load(
-            logits_ptr + _places(label[:, None], i[None, :], pixels, K, LABELS_LAST), mask=there, other=0.0
-        )
-        t = u.to(tl.float32) * unary
+        places = _places(label[:, None], i[None, :], pixels, K, LABELS_LAST)
+        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32) * unary
+    else:  # a uniform start: −inf · 0 must not appear
+        t = tl.where(there, 0.0, float("-inf"))
     if FIELD:
         t += tl.dot(_table(a_ptr, label, known, R, ROWS), h, input_precision="tf32x3")
-    return tl.where(known[:, None], t, float("-inf"))
+    return t
 
 
 @triton.jit
+def _axis_many(
+    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, h,
+    OUTPUT: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
+    K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """One axis of labels: Bᵀ q [OUT, P]; or its marginals, written."""
+    logits = logits_ptr + image * K * pixels
+    m = tl.full([P], _LOWEST, tl.float32)
+    s = tl.zeros([P], tl.float32)
+    f = tl.zeros([OUT, P], tl.float32)
+    for first in range(BEGIN, END, C):
+        label = first + tl.arange(0, C).to(tl.int64)
+        known = label < END
+        t = _scores_many(
+            logits, a_ptr, label, known, i, valid, pixels, unary, h,
+            FIELD, UNARY, LABELS_LAST, K, R, ROWS, C, P,
+        )  # fmt: skip
+        most = tl.maximum(m, tl.max(t, 0) * scale)
+        shrink = _exp2(m - most)
+        e = _exp2(t * scale - most[None, :])
+        m = most
+        s = s * shrink + tl.sum(e, 0)
+        if OUTPUT != _MARGINALS:
+            b = tl.trans(_table(b_ptr, label, known, 2 if OUTPUT == _COLORS else R, OUT))
+            f = f * shrink[None, :] + tl.dot(b, e, input_precision="tf32x3")
+    inverse = 1 / s
+    if OUTPUT == _MARGINALS:
+        for first in range(BEGIN, END, C):  # u once more, now from the cache
+            label = first + tl.arange(0, C).to(tl.int64)
+            known = label < END
+            t = _scores_many(
+                logits, a_ptr, label, known, i, valid, pixels, unary, h,
+                FIELD, UNARY, LABELS_LAST, K, R, ROWS, C, P,
+            )  # fmt: skip
+            q = _exp2(t * scale - m[None, :]) * inverse[None, :]
+            at = to_ptr + image * K * pixels + _places(label[:, None], i[None, :], pixels, K, LABELS_LAST)
+            tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known[:, None] & valid[None, :])
+    return f * inverse[None, :]
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def update_many_kernel(
     logits_ptr,  # [B, K, pixels] or [B, pixels, K]
     guide_ptr,  # [B, pixels]
@@ -414,6 +470,7 @@ def update_many_kernel(
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    O: tl.constexpr,
 ):  # fmt: skip
     image, i, valid = _tile(blocks, pixels, P)
     h = tl.zeros([ROWS, P], tl.float32)
@@ -421,7 +478,7 @@ def update_many_kernel(
     if FIELD:
         h = _gather_many(
             _state(states_ptr, image, slots, before, 1, pixels, R), guide_ptr + image * pixels, space_ptr,
-            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, ROWS, P,
+            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, ROWS, P, O,
         )  # fmt: skip
         if prior_ptr is not None:
             h += _load_many(prior_ptr + image * R * pixels, i, valid, pixels, R, ROWS)
@@ -436,45 +493,16 @@ def update_many_kernel(
         _store_many(_state(states_ptr, image, slots, after, 0, pixels, R), i, valid, pixels, h, R, ROWS)
     if OUTPUT != _FEATURES:
         active = valid  # the marginals of both colours of the board
-    COLUMNS: tl.constexpr = 2 if OUTPUT == _COLORS else R
     OUT: tl.constexpr = 16 if OUTPUT == _COLORS else ROWS
-    logits = logits_ptr + image * K * pixels
-    total = tl.zeros([OUT, P], tl.float32)
-    for axis in tl.static_range(1 if FIRST_AXIS == K else 2):
-        begin: tl.constexpr = 0 if axis == 0 else FIRST_AXIS
-        end: tl.constexpr = FIRST_AXIS if axis == 0 else K
-        m = tl.full([P], _LOWEST, tl.float32)
-        s = tl.zeros([P], tl.float32)
-        f = tl.zeros([OUT, P], tl.float32)
-        for first in range(begin, end, C):
-            label = first + tl.arange(0, C).to(tl.int64)
-            known = label < end
-            t = _scores_many(
-                logits, a_ptr, label, known, i, active, pixels, unary, h,
-                FIELD, UNARY, LABELS_LAST, K, R, ROWS, C, P,
-            )  # fmt: skip
-            most = tl.maximum(m, tl.max(t, 0) * scale)
-            shrink = _exp2(m - most)
-            e = _exp2(t * scale - most[None, :])
-            m = most
-            s = s * shrink + tl.sum(e, 0)
-            if OUTPUT != _MARGINALS:
-                b = tl.trans(_table(b_ptr, label, known, COLUMNS, OUT))
-                f = f * shrink[None, :] + tl.dot(b, e, input_precision="tf32x3")
-        inverse = 1 / s
-        if OUTPUT == _MARGINALS:
-            for first in range(begin, end, C):  # u once more, now from the cache
-                label = first + tl.arange(0, C).to(tl.int64)
-                known = label < end
-                t = _scores_many(
-                    logits, a_ptr, label, known, i, active, pixels, unary, h,
-                    FIELD, UNARY, LABELS_LAST, K, R, ROWS, C, P,
-                )  # fmt: skip
-                q = _exp2(t * scale - m[None, :]) * inverse[None, :]
-                at = to_ptr + image * K * pixels + _places(label[:, None], i[None, :], pixels, K, LABELS_LAST)
-                tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known[:, None] & valid[None, :])
-        else:
-            total += f * inverse[None, :]
+    total = _axis_many(
+        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h,
+        OUTPUT, FIELD, UNARY, LABELS_LAST, K, 0, FIRST_AXIS, R, ROWS, OUT, C, P,
+    )  # fmt: skip
+    if FIRST_AXIS < K:
+        total += _axis_many(
+            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h,
+            OUTPUT, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, OUT, C, P,
+        )  # fmt: skip
     if OUTPUT == _COLORS:
         _store_many(to_ptr + image * 2 * pixels, i, valid, pixels, total, 2, OUT)
     if OUTPUT == _FEATURES:
@@ -522,7 +550,7 @@ def _sizes(problem: Problem) -> dict:
     if columns > FEW:
         rows = max(16, triton.next_power_of_2(columns))
         chunk = max(16, min(CHUNK, widest))
-        return {**sizes, "ROWS": rows, "C": chunk, "P": MANY_PIXELS, "num_warps": MANY_WARPS}
+        return {**sizes, "ROWS": rows, "C": chunk, "P": MANY_PIXELS, "O": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
     each = max(1, min(CHUNK, widest) // LANES)
     together = problem.labels_last and labels * problem.logits.element_size() % 16 == 0
     return {**sizes, "TOGETHER": together, "L": each, "G": LANES, "P": PIXELS, "O": OFFSETS, "num_warps": WARPS}
