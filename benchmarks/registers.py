@@ -152,6 +152,7 @@ CASES = {
     "313, R = 3, planes": {"labels": 313, "columns": 3},
     "313, R = 3, labels last": {"labels": 313, "columns": 3, "labels_last": True},
     "313, R = 32, planes": {"labels": 313, "columns": 32},
+    "313, R = 64, labels last": {"labels": 313, "columns": 64, "labels_last": True},
     "25 + 25, R = 4, planes": {"labels": 50, "columns": 4, "counts": [25, 25]},
     "25 + 25, R = 50, board": {"labels": 50, "columns": 50, "counts": [25, 25], "checkerboard": True, "uniform": True},
 }

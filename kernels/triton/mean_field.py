@@ -27,7 +27,7 @@ from torch import Tensor
 FEW = 4  # columns R that are multiplied one by one, with registers for each
 PIXELS = 64  # of a program, few columns: 4 warps have 8 pixels × 4 labels a thread in planes of 16 bits, else 4 × 8
 WARPS = 4
-MANY_PIXELS = 64  # of a program, many columns: tiles of [64 labels, 64 pixels] for the tensor cores
+MANY_PIXELS = 32  # of a program, many columns: tiles of [64 labels, 32 pixels] for the tensor cores
 MANY_WARPS = 4
 CHUNK = 64  # labels of a tile: 313 of them pad to 320
 LANES, LANES_LAST = 16, 8  # of a chunk, few columns (planes, labels last): each has sums of its own until the end
