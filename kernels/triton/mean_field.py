@@ -32,11 +32,13 @@ MANY_WARPS = 4
 CHUNK = 64  # labels of a tile: 313 of them pad to 320
 LANES, LANES_LAST = 16, 8  # of a chunk, few columns (planes, labels last): each has sums of its own until the end
 OFFSETS = 8  # neighbours that are on their way from memory at once, few columns
-ARRIVING = 128  # many columns: neighbours times columns
+ARRIVING = 32  # many columns: neighbours times columns
+BACKWARD_CHUNK, BACKWARD_PIXELS = 32, 16  # many columns: four products a tile, each with halves of its operands
 FACTOR_GROUPS = 128  # of programs over whose pixels the gradients of A and B are summed apart
 PAIR_PIXELS, PAIR_TERMS, PAIR_WARPS = 64, 8, 4  # of a program that makes the gradients of the pair weights
 
 _FEATURES, _MARGINALS, _COLORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what an update leaves
+_NONE, _PART, _WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of the logits, in the scores of an update
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # in place of −inf, from which −inf can be taken away
 _VARYING = ("blocks", "height", "width", "offsets", "slots", "before", "after", "k", "tiles", "groups")  # not worth a compilation each
@@ -265,33 +267,41 @@ def _labels_few(first, L: tl.constexpr, G: tl.constexpr, TOGETHER: tl.constexpr)
 
 
 @triton.jit
-def _product(table_ptr, label, known, x0, x1, x2, x3, R: tl.constexpr):
-    """Σ_r table[l, r] x_r: [L, G, P]."""
-    at = table_ptr + label * R
-    total = tl.load(at, mask=known, other=0.0) * x0[None, None, :]
+def _rows(label, END: tl.constexpr):
+    """Rows of A and B for labels; the last one past the end of the axis, where e^t is 0: loads without a mask."""
+    return tl.minimum(label, END - 1).to(tl.int32)
+
+
+@triton.jit
+def _add_product(total, table_ptr, row, x0, x1, x2, x3, R: tl.constexpr):
+    """total + Σ_r table[l, r] x_r: [L, G, P], R fused multiply-adds."""
+    at = table_ptr + row * R
+    total += tl.load(at) * x0[None, None, :]
     if R > 1:
-        total += tl.load(at + 1, mask=known, other=0.0) * x1[None, None, :]
+        total += tl.load(at + 1) * x1[None, None, :]
     if R > 2:
-        total += tl.load(at + 2, mask=known, other=0.0) * x2[None, None, :]
+        total += tl.load(at + 2) * x2[None, None, :]
     if R > 3:
-        total += tl.load(at + 3, mask=known, other=0.0) * x3[None, None, :]
+        total += tl.load(at + 3) * x3[None, None, :]
     return total
 
 
 @triton.jit
 def _scores_few(
-    logits_ptr, a_ptr, label, known, i, valid, pixels, unary, h0, h1, h2, h3,
+    logits_ptr, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
     FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """t = unary u + A H, −inf where the axis has ended: [L, G, P]."""
     there = known & valid[None, None, :]
-    if UNARY:
+    if UNARY != _NONE:
         places = _places(label, i[None, None, :], pixels, K, LABELS_LAST)
-        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32) * unary
+        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32)
+        if UNARY == _PART:
+            t *= unary
     else:  # a uniform start: −inf · 0 must not appear
         t = tl.where(there, 0.0, float("-inf"))
     if FIELD:
-        t += _product(a_ptr, label, known, h0, h1, h2, h3, R)
+        t = _add_product(t, a_ptr, row, h0, h1, h2, h3, R)
     return t
 
 
@@ -314,9 +324,10 @@ def _axis_few(
     f3 = tl.zeros([G, P], tl.float32)
     for first in range(BEGIN, END, L * G):
         label = _labels_few(first, L, G, TOGETHER)
+        row = _rows(label, END)
         known = label < END
         t = _scores_few(
-            logits, a_ptr, label, known, i, valid, pixels, unary, h0, h1, h2, h3,
+            logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
             FIELD, UNARY, LABELS_LAST, K, R,
         )  # fmt: skip
         most = tl.maximum(m, tl.max(t, 0) * scale)
@@ -326,23 +337,24 @@ def _axis_few(
         m = most
         s = s * shrink + tl.sum(e, 0)
         if OUTPUT != _MARGINALS:
-            at = b_ptr + label * COLUMNS
-            f0 = f0 * shrink + tl.sum(e * tl.load(at, mask=known, other=0.0), 0)
+            at = b_ptr + row * COLUMNS
+            f0 = f0 * shrink + tl.sum(e * tl.load(at), 0)
             if COLUMNS > 1:
-                f1 = f1 * shrink + tl.sum(e * tl.load(at + 1, mask=known, other=0.0), 0)
+                f1 = f1 * shrink + tl.sum(e * tl.load(at + 1), 0)
             if COLUMNS > 2:
-                f2 = f2 * shrink + tl.sum(e * tl.load(at + 2, mask=known, other=0.0), 0)
+                f2 = f2 * shrink + tl.sum(e * tl.load(at + 2), 0)
             if COLUMNS > 3:
-                f3 = f3 * shrink + tl.sum(e * tl.load(at + 3, mask=known, other=0.0), 0)
+                f3 = f3 * shrink + tl.sum(e * tl.load(at + 3), 0)
     most = tl.max(m, 0)
     shrink = _exp2(m - most[None, :])
     inverse = 1 / tl.sum(s * shrink, 0)
     if OUTPUT == _MARGINALS:
         for first in range(BEGIN, END, L * G):  # u once more, now from the cache
             label = _labels_few(first, L, G, TOGETHER)
+            row = _rows(label, END)
             known = label < END
             t = _scores_few(
-                logits, a_ptr, label, known, i, valid, pixels, unary, h0, h1, h2, h3,
+                logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
                 FIELD, UNARY, LABELS_LAST, K, R,
             )  # fmt: skip
             q = _exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
@@ -461,16 +473,18 @@ def _axis_adjoint_few(
     y3 = tl.zeros([G, P], tl.float32)
     for first in range(BEGIN, END, L * G):
         label = _labels_few(first, L, G, TOGETHER)
+        row = _rows(label, END)
         known = label < END
         t = _scores_few(
-            logits, a_ptr, label, known, i, active, pixels, unary, h0, h1, h2, h3,
+            logits, a_ptr, label, row, known, i, active, pixels, unary, h0, h1, h2, h3,
             FIELD, UNARY, LABELS_LAST, K, R,
         )  # fmt: skip
         if LAST:
             at = grad_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
             dq = tl.load(at, mask=known & active[None, None, :], other=0.0).to(tl.float32)
         else:
-            dq = _product(b_ptr, label, known, d0, d1, d2, d3, R) - shift[None, None, :]
+            dq = tl.zeros([L, G, P], tl.float32) - shift[None, None, :]
+            dq = _add_product(dq, b_ptr, row, d0, d1, d2, d3, R)
         most = tl.maximum(m, tl.max(t, 0) * _LOG2E)
         shrink = _exp2(m - most)
         e = _exp2(t * _LOG2E - most[None, :, :])
@@ -479,20 +493,20 @@ def _axis_adjoint_few(
         moved = e * dq
         d = d * shrink + tl.sum(moved, 0)
         if FIELD:
-            at = a_ptr + label * R
-            a = tl.load(at, mask=known, other=0.0)
+            at = a_ptr + row * R
+            a = tl.load(at)
             x0 = x0 * shrink + tl.sum(moved * a, 0)
             y0 = y0 * shrink + tl.sum(e * a, 0)
             if R > 1:
-                a = tl.load(at + 1, mask=known, other=0.0)
+                a = tl.load(at + 1)
                 x1 = x1 * shrink + tl.sum(moved * a, 0)
                 y1 = y1 * shrink + tl.sum(e * a, 0)
             if R > 2:
-                a = tl.load(at + 2, mask=known, other=0.0)
+                a = tl.load(at + 2)
                 x2 = x2 * shrink + tl.sum(moved * a, 0)
                 y2 = y2 * shrink + tl.sum(e * a, 0)
             if R > 3:
-                a = tl.load(at + 3, mask=known, other=0.0)
+                a = tl.load(at + 3)
                 x3 = x3 * shrink + tl.sum(moved * a, 0)
                 y3 = y3 * shrink + tl.sum(e * a, 0)
     most = tl.max(m, 0)
@@ -621,6 +635,7 @@ def logits_gradient_few_kernel(
     AXES: tl.constexpr = 1 if FIRST_AXIS == K else 2
     image, i, valid, axis, first, end = _chunk_tile(blocks, pixels, K, FIRST_AXIS, L * G, P)
     label = _labels_few(first, L, G, TOGETHER)
+    row = tl.minimum(label, end - 1).to(tl.int32)
     known = label < end
     there = known & valid[None, None, :]
     places = image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
@@ -635,12 +650,12 @@ def logits_gradient_few_kernel(
         most, inverse, mean = _load_norms(
             norms_ptr + ((image * slots + k) * AXES + axis) * 3 * pixels, i, valid, pixels
         )
-        t = u * (1 - absent) + _product(a_ptr, label, known, h0, h1, h2, h3, R)
+        t = _add_product(u * (1 - absent), a_ptr, row, h0, h1, h2, h3, R)
         if k == slots - 1:
             dq = tl.load(grad_ptr + places, mask=there, other=0.0).to(tl.float32)
         else:
             d0, d1, d2, d3 = _load_few(_state(adjoints_ptr, image, slots, k, 1, pixels, R), i, valid, pixels, R)
-            dq = _product(b_ptr, label, known, d0, d1, d2, d3, R)
+            dq = _add_product(tl.zeros([L, G, P], tl.float32), b_ptr, row, d0, d1, d2, d3, R)
         q = _exp2(t * _LOG2E - most[None, None, :]) * ((1 - absent) * inverse)[None, None, :]
         du += q * (dq - mean[None, None, :])
     tl.store(to_ptr + places, du, mask=there)
@@ -664,9 +679,11 @@ def _scores_many(
 ):  # fmt: skip
     """t = unary u + A H, −inf where the axis has ended: [C, P]."""
     there = known[:, None] & valid[None, :]
-    if UNARY:
+    if UNARY != _NONE:
         places = _places(label[:, None], i[None, :], pixels, K, LABELS_LAST)
-        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32) * unary
+        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32)
+        if UNARY == _PART:
+            t *= unary
     else:  # a uniform start: −inf · 0 must not appear
         t = tl.where(there, 0.0, float("-inf"))
     if FIELD:
@@ -1034,7 +1051,11 @@ def _unary(problem: Problem) -> list[float]:
     return shares
 
 
-def _sizes(problem: Problem, few: bool | None = None) -> dict:
+def _kind(unary: float) -> int:
+    return (_WHOLE if unary == 1 else _PART if unary else _NONE).value
+
+
+def _sizes(problem: Problem, few: bool | None = None, backward: bool = False) -> dict:
     """The constants that say what a tile is: with registers for each column where they are few."""
     labels, columns = problem.a.shape
     if len(problem.counts) > 2:
@@ -1043,8 +1064,11 @@ def _sizes(problem: Problem, few: bool | None = None) -> dict:
     sizes = {"LABELS_LAST": problem.labels_last, "K": labels, "FIRST_AXIS": problem.counts[0], "R": columns}
     if not (columns <= FEW if few is None else few):
         rows = max(16, triton.next_power_of_2(columns))
-        chunk = max(16, min(CHUNK, widest))
-        return {**sizes, "ROWS": rows, "C": chunk, "P": MANY_PIXELS, "O": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
+        largest, tile = (BACKWARD_CHUNK, BACKWARD_PIXELS) if backward else (CHUNK, MANY_PIXELS)
+        if backward and rows > 32:
+            largest = 16
+        chunk = max(16, min(largest, widest))
+        return {**sizes, "ROWS": rows, "C": chunk, "P": tile, "O": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
     lanes = LANES_LAST if problem.labels_last else LANES
     each = max(1, min(CHUNK, widest) // lanes)
     together = problem.labels_last and labels * problem.logits.element_size() % 16 == 0
@@ -1084,7 +1108,7 @@ def mean_field(
             pixels, blocks, height, width, len(problem.dy), slots, (k - 1) % slots, k % slots,
             unary[k], _LOG2E.value / t, problem.damping,
             OUTPUT=output, PARITY=(k + 1) % 2 if problem.checkerboard and k else -1, KEEP=keep, FIELD=k > 0,
-            UNARY=unary[k] != 0, DAMPED=problem.damping != 0, **sizes,
+            UNARY=_kind(unary[k]), DAMPED=problem.damping != 0, **sizes,
         )  # fmt: skip
 
 
@@ -1099,7 +1123,7 @@ def mean_field_backward(
     pixels = height * width
     if batch * pixels == 0:
         return
-    updates, unary, sizes = _updates(problem), _unary(problem), _sizes(problem)
+    updates, unary, sizes = _updates(problem), _unary(problem), _sizes(problem, backward=True)
     few, slots, axes = columns <= FEW, updates + 1, len(problem.counts)
     sums = to.a is not None
     new = problem.guide.new_empty
@@ -1118,7 +1142,7 @@ def mean_field_backward(
             adjoints, later, norms, pixels, blocks, height, width, len(problem.dy), slots, k, unary[k],
             problem.damping,
             LAST=k == updates, PARITY=(k + 1) % 2 if problem.checkerboard else -1,
-            CARRY=problem.checkerboard and k + 1 < updates, LATER=kept, FIELD=k > 0, UNARY=unary[k] != 0, **sizes,
+            CARRY=problem.checkerboard and k + 1 < updates, LATER=kept, FIELD=k > 0, UNARY=_kind(unary[k]), **sizes,
         )  # fmt: skip
     _logits_gradient(problem, grad, states, adjoints, norms, to, unary[updates], few and not sums)
     if to.prior is not None and updates:
@@ -1144,7 +1168,7 @@ def _logits_gradient(problem: Problem, grad, states, adjoints, norms, to: Gradie
         return
     batch, labels, height, width = problem.logits.shape
     pixels, columns, slots = height * width, problem.a.shape[1], adjoints.shape[1]
-    sizes = _sizes(problem, few)
+    sizes = _sizes(problem, few, backward=True)
     blocks = triton.cdiv(pixels, sizes["P"])
     tiles = batch * blocks
     chunk = sizes["L"] * sizes["G"] if few else sizes["C"]
