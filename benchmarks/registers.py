@@ -2,8 +2,8 @@
 
 `python -m benchmarks.registers [--arch 80 90] [--sass FOLDER]`
 
-Every kernel is compiled ahead of time as it is launched for 32×64×64 pixels: with 313 labels in bfloat16 and 3 or 32 columns,
-and with 25 + 25 labels. A launch is recorded, not run; tensors have no memory.
+Every kernel is compiled ahead of time as it is launched for 32×64×64 pixels in bfloat16: with 313 labels and 3, 32 or
+64 columns, and with 25 + 25 labels. A launch is recorded, not run; tensors have no memory.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-
 from fastcolor.kernels.field import Gradients, Problem
 from fastcolor.kernels.triton import mean_field
+from torch import Tensor
+
 from fastcolor.reference.mean_field import offsets
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}

@@ -1,15 +1,16 @@
 """The mean field in Triton: one launch for each update. The formulas are in fastcolor.reference.mean_field.
 
-An update gathers G = Σ_j w_ij F_j (R numbers a pixel), rebuilds the scores t = u + A G chunk by chunk of labels, and leaves
-F = Bᵀ softmax(t) for the next one: the logits are read once, and nothing else has K numbers a pixel. In backward order
+An update gathers G = Σ_j w_ij F_j (R numbers a pixel), rebuilds the scores t = u + A G chunk by chunk of labels, and
+leaves F = Bᵀ softmax(t) for the next one: the logits are read once, and nothing else has K numbers a pixel. Backwards
 
     dF_i = Σ_j w_ij dG_j,   dq = B dF,   dt = q ∘ (dq − q·dq),   dH = Aᵀ dt,   du = Σ_k unary_k dt_k
 
-the adjoints of R numbers a pixel come first, update by update; one last pass makes du from all of them and a single read of u.
-Nothing is summed by atomics: equal inputs give equal bits.
+the adjoints of R numbers a pixel come first, update by update; one last pass makes du from all of them and one more
+read of u. To add each dt to du where it is made would read and write N·K float32 an update: four times the logits in
+16 bits. Nothing is summed by atomics: equal inputs give equal bits.
 
-Up to FEW columns are multiplied one by one; more go to the tensor cores in three products of tf32 each (plain tf32 would
-be off by 2^-11 of scores in the hundreds).
+Up to FEW columns are multiplied one by one; more go to the tensor cores in three products of tf32 each (plain tf32
+would be off by 2^-11 of scores in the hundreds). H·W is below 2^31 − 64; all else is addressed in 64 bits.
 """
 
 from __future__ import annotations
@@ -25,23 +26,34 @@ from torch import Tensor
 
 # A GPU owner may tune these; `python -m benchmarks.registers` shows what they cost.
 FEW = 4  # columns R that are multiplied one by one, with registers for each
-PIXELS = 64  # of a program, few columns: 4 warps have 8 pixels × 4 labels a thread in planes of 16 bits, else 4 × 8
-WARPS = 4
+PIXELS, FEW_CHUNK = 64, 32  # pixels of a program and labels of a tile, few columns: 8 × 4 in each thread of 2 warps
+WARPS = 2
 MANY_PIXELS = 32  # of a program, many columns: tiles of [64 labels, 32 pixels] for the tensor cores
 MANY_WARPS = 4
 CHUNK = 64  # labels of a tile: 313 of them pad to 320
-LANES, LANES_LAST = 16, 8  # of a chunk, few columns (planes, labels last): each has sums of its own until the end
+LANES = 8  # of a chunk, few columns: each has sums of its own until the end
 OFFSETS = 8  # neighbours that are on their way from memory at once, few columns
 ARRIVING = 32  # many columns: neighbours times columns
-BACKWARD_CHUNK, BACKWARD_PIXELS = 32, 16  # many columns: four products a tile, each with halves of its operands
+BACKWARD_CHUNK, BACKWARD_PIXELS = 16, 16  # many columns: four products a tile, each with halves of its operands
 FACTOR_GROUPS = 128  # of programs over whose pixels the gradients of A and B are summed apart
 PAIR_PIXELS, PAIR_TERMS, PAIR_WARPS = 64, 8, 4  # of a program that makes the gradients of the pair weights
 
 _FEATURES, _MARGINALS, _COLORS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what an update leaves
-_NONE, _PART, _WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of the logits, in the scores of an update
+_NONE, _PART, _WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of the logits, in the scores
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # in place of −inf, from which −inf can be taken away
-_VARYING = ("blocks", "height", "width", "offsets", "slots", "before", "after", "k", "tiles", "groups")  # not worth a compilation each
+_VARYING = (
+    "blocks",
+    "height",
+    "width",
+    "offsets",
+    "slots",
+    "before",
+    "after",
+    "k",
+    "tiles",
+    "groups",
+)  # not worth a compilation each
 _PTX = tl.constexpr(torch.version.hip is None and not interpreting())
 
 
@@ -117,16 +129,16 @@ def _neighbors(
 def _gather_few(
     source_ptr, guide_ptr, space_ptr, sharpness_ptr, offsets_ptr,
     i, valid, pixels, height, width, offsets,
-    R: tl.constexpr, P: tl.constexpr, O: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_ij of each of the planes [R, pixels], [P] each."""
-    g0 = tl.zeros([O, P], tl.float32)
-    g1 = tl.zeros([O, P], tl.float32)
-    g2 = tl.zeros([O, P], tl.float32)
-    g3 = tl.zeros([O, P], tl.float32)
-    for first in range(0, offsets, O):
+    g0 = tl.zeros([N, P], tl.float32)
+    g1 = tl.zeros([N, P], tl.float32)
+    g2 = tl.zeros([N, P], tl.float32)
+    g3 = tl.zeros([N, P], tl.float32)
+    for first in range(0, offsets, N):
         w, _, _, j, inside = _neighbors(
-            guide_ptr, space_ptr, sharpness_ptr, offsets_ptr, first + tl.arange(0, O), i, valid, height, width, offsets
+            guide_ptr, space_ptr, sharpness_ptr, offsets_ptr, first + tl.arange(0, N), i, valid, height, width, offsets
         )
         at = source_ptr + j
         g0 += w * tl.load(at, mask=inside, other=0.0)
@@ -146,15 +158,15 @@ def _gather_few(
 def _gather_many(
     source_ptr, guide_ptr, space_ptr, sharpness_ptr, offsets_ptr,
     i, valid, pixels, height, width, offsets,
-    R: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, O: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_ij of the planes [R, pixels]: [ROWS, P], 0 from row R."""
     r = tl.arange(0, ROWS)
     planes = source_ptr + r.to(tl.int64)[None, :, None] * pixels
     g = tl.zeros([ROWS, P], tl.float32)
-    for first in range(0, offsets, O):
+    for first in range(0, offsets, N):
         w, _, _, j, inside = _neighbors(
-            guide_ptr, space_ptr, sharpness_ptr, offsets_ptr, first + tl.arange(0, O), i, valid, height, width, offsets
+            guide_ptr, space_ptr, sharpness_ptr, offsets_ptr, first + tl.arange(0, N), i, valid, height, width, offsets
         )
         f = tl.load(planes + j[:, None, :], mask=inside[:, None, :] & (r < R)[None, :, None], other=0.0)
         g += tl.sum(w[:, None, :] * f, 0)
@@ -257,13 +269,13 @@ def _chunk_tile(blocks, pixels, K: tl.constexpr, FIRST_AXIS: tl.constexpr, C: tl
 
 @triton.jit
 def _labels_few(first, L: tl.constexpr, G: tl.constexpr, TOGETHER: tl.constexpr):
-    """Labels of a chunk, int64 [L, G, 1]: side by side in a thread where that makes wide loads, else in its neighbours."""
-    l = tl.arange(0, L).to(tl.int64)[:, None, None]
-    g = tl.arange(0, G).to(tl.int64)[None, :, None]
+    """Labels of a chunk, int64 [L, G, 1]: side by side in a thread where that makes wide loads, else in neighbours."""
+    each = tl.arange(0, L).to(tl.int64)[:, None, None]
+    lane = tl.arange(0, G).to(tl.int64)[None, :, None]
     if TOGETHER:
-        return g * L + l + first
+        return lane * L + each + first
     else:
-        return g + l * G + first
+        return lane + each * G + first
 
 
 @triton.jit
@@ -382,7 +394,7 @@ def update_few_kernel(
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    O: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     image, i, valid = _tile(blocks, pixels, P)
     states = _state(states_ptr, image, slots, after, 0, pixels, R)
@@ -394,7 +406,7 @@ def update_few_kernel(
     if FIELD:
         h0, h1, h2, h3 = _gather_few(
             _state(states_ptr, image, slots, before, 1, pixels, R), guide_ptr + image * pixels, space_ptr,
-            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, P, O,
+            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, P, N,
         )  # fmt: skip
         if prior_ptr is not None:
             p0, p1, p2, p3 = _load_few(prior_ptr + image * R * pixels, i, valid, pixels, R)
@@ -540,7 +552,7 @@ def adjoint_few_kernel(
     LAST: tl.constexpr, PARITY: tl.constexpr, CARRY: tl.constexpr, LATER: tl.constexpr, FIELD: tl.constexpr,
     UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    O: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """What update k hands back: dF_k, dH_k and dG_k."""
     image, i, valid = _tile(blocks, pixels, P)
@@ -555,7 +567,7 @@ def adjoint_few_kernel(
     if not LAST:
         d0, d1, d2, d3 = _gather_few(
             _state(adjoints_ptr, image, slots, k + 1, 0, pixels, R), guide_ptr + image * pixels, space_ptr,
-            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, P, O,
+            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, P, N,
         )  # fmt: skip
         if CARRY:  # update k + 1, of the other colour, left these features as they were
             c0, c1, c2, c3 = _load_few(_state(adjoints_ptr, image, slots, k + 1, 1, pixels, R), i, mine, pixels, R)
@@ -749,7 +761,7 @@ def update_many_kernel(
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    O: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     image, i, valid = _tile(blocks, pixels, P)
     h = tl.zeros([ROWS, P], tl.float32)
@@ -757,7 +769,7 @@ def update_many_kernel(
     if FIELD:
         h = _gather_many(
             _state(states_ptr, image, slots, before, 1, pixels, R), guide_ptr + image * pixels, space_ptr,
-            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, ROWS, P, O,
+            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, ROWS, P, N,
         )  # fmt: skip
         if prior_ptr is not None:
             h += _load_many(prior_ptr + image * R * pixels, i, valid, pixels, R, ROWS)
@@ -852,7 +864,7 @@ def adjoint_many_kernel(
     LAST: tl.constexpr, PARITY: tl.constexpr, CARRY: tl.constexpr, LATER: tl.constexpr, FIELD: tl.constexpr,
     UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    O: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """What update k hands back: dF_k, dH_k and dG_k."""
     image, i, valid = _tile(blocks, pixels, P)
@@ -864,7 +876,7 @@ def adjoint_many_kernel(
     if not LAST:
         df = _gather_many(
             _state(adjoints_ptr, image, slots, k + 1, 0, pixels, R), guide_ptr + image * pixels, space_ptr,
-            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, ROWS, P, O,
+            sharpness_ptr, offsets_ptr, i, valid, pixels, height, width, offsets, R, ROWS, P, N,
         )  # fmt: skip
         if CARRY:  # update k + 1, of the other colour, left these features as they were
             df += _load_many(_state(adjoints_ptr, image, slots, k + 1, 1, pixels, R), i, mine, pixels, R, ROWS)
@@ -1005,9 +1017,7 @@ def pair_gradient_kernel(
             received += tl.load(gathered + i[None, :], mask=here, other=0.0) * tl.load(
                 features + j, mask=there, other=0.0
             )
-            sent += tl.load(gathered + j, mask=there, other=0.0) * tl.load(
-                features + i[None, :], mask=here, other=0.0
-            )
+            sent += tl.load(gathered + j, mask=there, other=0.0) * tl.load(features + i[None, :], mask=here, other=0.0)
         received_all = tl.sum(received, 0)
         sent_all = tl.sum(sent, 0)
         light = tl.sum(d, 0)  # [1, P] -> [P]
@@ -1043,7 +1053,7 @@ def _updates(problem: Problem) -> int:
 
 
 def _unary(problem: Problem) -> list[float]:
-    """The share of the logits in the scores after each update: a uniform start has none, and damping keeps some of it."""
+    """The share of the logits in the scores after each update: none in a uniform start, of which damping keeps some."""
     boards = 2 if problem.checkerboard else 1
     shares = [0.0 if problem.uniform else 1.0]
     for k in range(_updates(problem)):
@@ -1065,14 +1075,13 @@ def _sizes(problem: Problem, few: bool | None = None, backward: bool = False) ->
     if not (columns <= FEW if few is None else few):
         rows = max(16, triton.next_power_of_2(columns))
         largest, tile = (BACKWARD_CHUNK, BACKWARD_PIXELS) if backward else (CHUNK, MANY_PIXELS)
-        if backward and rows > 32:
-            largest = 16
+        if not backward and rows > 32:
+            tile //= 2
         chunk = max(16, min(largest, widest))
-        return {**sizes, "ROWS": rows, "C": chunk, "P": tile, "O": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
-    lanes = LANES_LAST if problem.labels_last else LANES
-    each = max(1, min(CHUNK, widest) // lanes)
+        return {**sizes, "ROWS": rows, "C": chunk, "P": tile, "N": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
+    each = max(1, min(FEW_CHUNK, widest) // LANES)
     together = problem.labels_last and labels * problem.logits.element_size() % 16 == 0
-    return {**sizes, "TOGETHER": together, "L": each, "G": lanes, "P": PIXELS, "O": OFFSETS, "num_warps": WARPS}
+    return {**sizes, "TOGETHER": together, "L": each, "G": LANES, "P": PIXELS, "N": OFFSETS, "num_warps": WARPS}
 
 
 def mean_field(
@@ -1169,12 +1178,15 @@ def _logits_gradient(problem: Problem, grad, states, adjoints, norms, to: Gradie
     batch, labels, height, width = problem.logits.shape
     pixels, columns, slots = height * width, problem.a.shape[1], adjoints.shape[1]
     sizes = _sizes(problem, few, backward=True)
+    del sizes["N"]
+    if few:  # half of the usual tile, which would spill
+        half = "P" if problem.labels_last else "L"
+        sizes[half] = max(1, sizes[half] // 2)
     blocks = triton.cdiv(pixels, sizes["P"])
     tiles = batch * blocks
     chunk = sizes["L"] * sizes["G"] if few else sizes["C"]
     chunks = sum(triton.cdiv(count, chunk) for count in problem.counts)
     constants = {"UNIFORM": problem.uniform, "BOARDS": 2 if problem.checkerboard else 1, **sizes}
-    del constants["O"]
     arguments = (problem.logits, grad, problem.a, problem.b, states, adjoints, norms, to.logits)
     if few:
         _launch(

