@@ -1079,9 +1079,13 @@ def _sizes(problem: Problem, few: bool | None = None, backward: bool = False) ->
             tile //= 2
         chunk = max(16, min(largest, widest))
         return {**sizes, "ROWS": rows, "C": chunk, "P": tile, "N": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
-    each = max(1, min(FEW_CHUNK, widest) // LANES)
+    each, pixels = max(1, min(FEW_CHUNK, widest) // LANES), PIXELS
+    if backward and problem.labels_last:  # half of the tile, which would spill
+        pixels //= 2
+    elif backward:
+        each = max(1, each // 2)
     together = problem.labels_last and labels * problem.logits.element_size() % 16 == 0
-    return {**sizes, "TOGETHER": together, "L": each, "G": LANES, "P": PIXELS, "N": OFFSETS, "num_warps": WARPS}
+    return {**sizes, "TOGETHER": together, "L": each, "G": LANES, "P": pixels, "N": OFFSETS, "num_warps": WARPS}
 
 
 def mean_field(
@@ -1179,9 +1183,6 @@ def _logits_gradient(problem: Problem, grad, states, adjoints, norms, to: Gradie
     pixels, columns, slots = height * width, problem.a.shape[1], adjoints.shape[1]
     sizes = _sizes(problem, few, backward=True)
     del sizes["N"]
-    if few:  # half of the usual tile, which would spill
-        half = "P" if problem.labels_last else "L"
-        sizes[half] = max(1, sizes[half] // 2)
     blocks = triton.cdiv(pixels, sizes["P"])
     tiles = batch * blocks
     chunk = sizes["L"] * sizes["G"] if few else sizes["C"]
