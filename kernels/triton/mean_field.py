@@ -319,7 +319,7 @@ def _scores_few(
 
 @triton.jit
 def _axis_few(
-    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, h0, h1, h2, h3,
+    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, steps, h0, h1, h2, h3,
     OUTPUT: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
     P: tl.constexpr,
@@ -334,8 +334,8 @@ def _axis_few(
     f1 = tl.zeros([G, P], tl.float32)
     f2 = tl.zeros([G, P], tl.float32)
     f3 = tl.zeros([G, P], tl.float32)
-    for first in range(BEGIN, END, L * G):
-        label = _labels_few(first, L, G, TOGETHER)
+    for step in range(steps):
+        label = _labels_few(BEGIN + step * (L * G), L, G, TOGETHER)
         row = _rows(label, END)
         known = label < END
         t = _scores_few(
@@ -361,8 +361,8 @@ def _axis_few(
     shrink = _exp2(m - most[None, :])
     inverse = 1 / tl.sum(s * shrink, 0)
     if OUTPUT == _MARGINALS:
-        for first in range(BEGIN, END, L * G):  # u once more, now from the cache
-            label = _labels_few(first, L, G, TOGETHER)
+        for step in range(steps):  # u once more, now from the cache
+            label = _labels_few(BEGIN + step * (L * G), L, G, TOGETHER)
             row = _rows(label, END)
             known = label < END
             t = _scores_few(
@@ -390,7 +390,7 @@ def update_few_kernel(
     prior_ptr,  # [B, R, pixels] or None
     states_ptr,  # [B, slots, 2 (H, F), R, pixels]
     to_ptr,  # marginals as the logits, or ab [B, 2, pixels]
-    pixels, blocks, height, width, offsets, slots, before, after, unary, scale, damping,
+    pixels, blocks, height, width, offsets, slots, before, after, steps, unary, scale, damping,
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
@@ -433,12 +433,12 @@ def update_few_kernel(
     if OUTPUT != _FEATURES:
         active = valid  # the marginals of both colours of the board
     x0, x1, x2, x3 = _axis_few(
-        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h0, h1, h2, h3,
+        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h0, h1, h2, h3,
         OUTPUT, FIELD, UNARY, LABELS_LAST, TOGETHER, K, 0, FIRST_AXIS, R, L, G, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         y0, y1, y2, y3 = _axis_few(
-            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h0, h1, h2, h3,
+            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h0, h1, h2, h3,
             OUTPUT, FIELD, UNARY, LABELS_LAST, TOGETHER, K, FIRST_AXIS, K, R, L, G, P,
         )  # fmt: skip
         x0 += y0
@@ -461,7 +461,7 @@ def update_few_kernel(
 
 @triton.jit
 def _axis_adjoint_few(
-    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift,
+    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift, steps,
     h0, h1, h2, h3, d0, d1, d2, d3,
     LAST: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
@@ -483,8 +483,8 @@ def _axis_adjoint_few(
     y1 = tl.zeros([G, P], tl.float32)
     y2 = tl.zeros([G, P], tl.float32)
     y3 = tl.zeros([G, P], tl.float32)
-    for first in range(BEGIN, END, L * G):
-        label = _labels_few(first, L, G, TOGETHER)
+    for step in range(steps):
+        label = _labels_few(BEGIN + step * (L * G), L, G, TOGETHER)
         row = _rows(label, END)
         known = label < END
         t = _scores_few(
@@ -548,7 +548,7 @@ def adjoint_few_kernel(
     adjoints_ptr,  # [B, slots, 2 (dG, dF), R, pixels]
     later_ptr,  # [B, R, pixels] dH of the update that comes after this one, and then of this one
     norms_ptr,  # [B, slots, axes, 3 (log2 of the largest e^t, 1 / Σ, q·dq), pixels]
-    pixels, blocks, height, width, offsets, slots, k, unary, damping,
+    pixels, blocks, height, width, offsets, slots, k, steps, unary, damping,
     LAST: tl.constexpr, PARITY: tl.constexpr, CARRY: tl.constexpr, LATER: tl.constexpr, FIELD: tl.constexpr,
     UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
@@ -591,14 +591,14 @@ def adjoint_few_kernel(
     AXES: tl.constexpr = 1 if FIRST_AXIS == K else 2
     norms = norms_ptr + (image * slots + k) * AXES * 3 * pixels
     x0, x1, x2, x3 = _axis_adjoint_few(
-        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift,
+        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift, steps,
         h0, h1, h2, h3, d0, d1, d2, d3,
         LAST, FIELD, UNARY, LABELS_LAST, TOGETHER, K, 0, FIRST_AXIS, R, L, G, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         y0, y1, y2, y3 = _axis_adjoint_few(
             logits_ptr, grad_ptr, a_ptr, b_ptr, norms + 3 * pixels, image, i, valid, active, pixels, unary, shift,
-            h0, h1, h2, h3, d0, d1, d2, d3,
+            steps, h0, h1, h2, h3, d0, d1, d2, d3,
             LAST, FIELD, UNARY, LABELS_LAST, TOGETHER, K, FIRST_AXIS, K, R, L, G, P,
         )  # fmt: skip
         x0 += y0
@@ -705,7 +705,7 @@ def _scores_many(
 
 @triton.jit
 def _axis_many(
-    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, h,
+    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, steps, h,
     OUTPUT: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, P: tl.constexpr,
@@ -715,8 +715,8 @@ def _axis_many(
     m = tl.full([P], _LOWEST, tl.float32)
     s = tl.zeros([P], tl.float32)
     f = tl.zeros([OUT, P], tl.float32)
-    for first in range(BEGIN, END, C):
-        label = first + tl.arange(0, C).to(tl.int64)
+    for step in range(steps):
+        label = BEGIN + step * C + tl.arange(0, C).to(tl.int64)
         known = label < END
         t = _scores_many(
             logits, a_ptr, label, known, i, valid, pixels, unary, h,
@@ -732,8 +732,8 @@ def _axis_many(
             f = f * shrink[None, :] + tl.dot(b, e, input_precision="tf32x3")
     inverse = 1 / s
     if OUTPUT == _MARGINALS:
-        for first in range(BEGIN, END, C):  # u once more, now from the cache
-            label = first + tl.arange(0, C).to(tl.int64)
+        for step in range(steps):  # u once more, now from the cache
+            label = BEGIN + step * C + tl.arange(0, C).to(tl.int64)
             known = label < END
             t = _scores_many(
                 logits, a_ptr, label, known, i, valid, pixels, unary, h,
@@ -757,7 +757,7 @@ def update_many_kernel(
     prior_ptr,  # [B, R, pixels] or None
     states_ptr,  # [B, slots, 2 (H, F), R, pixels]
     to_ptr,  # marginals as the logits, or ab [B, 2, pixels]
-    pixels, blocks, height, width, offsets, slots, before, after, unary, scale, damping,
+    pixels, blocks, height, width, offsets, slots, before, after, steps, unary, scale, damping,
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -786,12 +786,12 @@ def update_many_kernel(
         active = valid  # the marginals of both colours of the board
     OUT: tl.constexpr = 16 if OUTPUT == _COLORS else ROWS
     total = _axis_many(
-        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h,
+        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h,
         OUTPUT, FIELD, UNARY, LABELS_LAST, K, 0, FIRST_AXIS, R, ROWS, OUT, C, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         total += _axis_many(
-            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h,
+            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h,
             OUTPUT, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, OUT, C, P,
         )  # fmt: skip
     if OUTPUT == _COLORS:
@@ -805,7 +805,7 @@ def update_many_kernel(
 
 @triton.jit
 def _axis_adjoint_many(
-    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift, h, df,
+    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift, steps, h, df,
     LAST: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     P: tl.constexpr,
@@ -817,8 +817,8 @@ def _axis_adjoint_many(
     d = tl.zeros([P], tl.float32)
     x = tl.zeros([ROWS, P], tl.float32)
     y = tl.zeros([ROWS, P], tl.float32)
-    for first in range(BEGIN, END, C):
-        label = first + tl.arange(0, C).to(tl.int64)
+    for step in range(steps):
+        label = BEGIN + step * C + tl.arange(0, C).to(tl.int64)
         known = label < END
         t = _scores_many(
             logits, a_ptr, label, known, i, active, pixels, unary, h,
@@ -860,7 +860,7 @@ def adjoint_many_kernel(
     adjoints_ptr,  # [B, slots, 2 (dG, dF), R, pixels]
     later_ptr,  # [B, R, pixels] dH of the update that comes after this one, and then of this one
     norms_ptr,  # [B, slots, axes, 3 (log2 of the largest e^t, 1 / Σ, q·dq), pixels]
-    pixels, blocks, height, width, offsets, slots, k, unary, damping,
+    pixels, blocks, height, width, offsets, slots, k, steps, unary, damping,
     LAST: tl.constexpr, PARITY: tl.constexpr, CARRY: tl.constexpr, LATER: tl.constexpr, FIELD: tl.constexpr,
     UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -890,13 +890,13 @@ def adjoint_many_kernel(
     AXES: tl.constexpr = 1 if FIRST_AXIS == K else 2
     norms = norms_ptr + (image * slots + k) * AXES * 3 * pixels
     x = _axis_adjoint_many(
-        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift, h, df,
+        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift, steps, h, df,
         LAST, FIELD, UNARY, LABELS_LAST, K, 0, FIRST_AXIS, R, ROWS, C, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         x += _axis_adjoint_many(
-            logits_ptr, grad_ptr, a_ptr, b_ptr, norms + 3 * pixels, image, i, valid, active, pixels, unary, shift, h,
-            df, LAST, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, C, P,
+            logits_ptr, grad_ptr, a_ptr, b_ptr, norms + 3 * pixels, image, i, valid, active, pixels, unary, shift,
+            steps, h, df, LAST, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, C, P,
         )  # fmt: skip
     if FIELD:  # the start has none
         x = tl.where(active[None, :], x, 0.0)
@@ -1061,6 +1061,11 @@ def _unary(problem: Problem) -> list[float]:
     return shares
 
 
+def _steps(problem: Problem, sizes: dict) -> int:
+    """Chunks of the longer axis. A number at run time: else LLVM may unroll the loop over them, and registers spill."""
+    return triton.cdiv(max(problem.counts), sizes["C"] if "C" in sizes else sizes["L"] * sizes["G"])
+
+
 def _kind(unary: float) -> int:
     return (_WHOLE if unary == 1 else _PART if unary else _NONE).value
 
@@ -1109,7 +1114,7 @@ def mean_field(
         slots = min(slots, 2)
         states = problem.guide.new_empty(batch * slots * 2 * columns * pixels)
     offsets = _offsets(tuple(problem.dy), tuple(problem.dx), logits.device)
-    blocks = triton.cdiv(pixels, sizes["P"])
+    blocks, steps = triton.cdiv(pixels, sizes["P"]), _steps(problem, sizes)
     kernel = update_many_kernel if columns > FEW else update_few_kernel
     outputs = [(0, problem.b, states, 1.0)] * updates  # (OUTPUT, B, to, T) of each update
     last = [(_MARGINALS.value, problem.b, marginals, 1.0)] if marginals is not None else []
@@ -1119,7 +1124,7 @@ def mean_field(
             kernel, batch * blocks,
             logits, problem.guide, problem.a, b, problem.space, problem.sharpness, offsets, problem.prior, states, to,
             pixels, blocks, height, width, len(problem.dy), slots, (k - 1) % slots, k % slots,
-            unary[k], _LOG2E.value / t, problem.damping,
+            steps, unary[k], _LOG2E.value / t, problem.damping,
             OUTPUT=output, PARITY=(k + 1) % 2 if problem.checkerboard and k else -1, KEEP=keep, FIELD=k > 0,
             UNARY=_kind(unary[k]), DAMPED=problem.damping != 0, **sizes,
         )  # fmt: skip
@@ -1145,14 +1150,14 @@ def mean_field_backward(
     kept = problem.damping != 0 or problem.checkerboard
     later = new(batch * columns * pixels if kept else 0)
     offsets = _offsets(tuple(problem.dy), tuple(problem.dx), logits.device)
-    blocks = triton.cdiv(pixels, sizes["P"])
+    blocks, steps = triton.cdiv(pixels, sizes["P"]), _steps(problem, sizes)
     for k in range(updates, -1, -1):
         if unary[k] == 0 and not sums:
             break  # a uniform start depends on nothing
         _launch(
             adjoint_few_kernel if few else adjoint_many_kernel, batch * blocks,
             logits, grad, problem.guide, problem.a, problem.b, problem.space, problem.sharpness, offsets, states,
-            adjoints, later, norms, pixels, blocks, height, width, len(problem.dy), slots, k, unary[k],
+            adjoints, later, norms, pixels, blocks, height, width, len(problem.dy), slots, k, steps, unary[k],
             problem.damping,
             LAST=k == updates, PARITY=(k + 1) % 2 if problem.checkerboard else -1,
             CARRY=problem.checkerboard and k + 1 < updates, LATER=kept, FIELD=k > 0, UNARY=_kind(unary[k]), **sizes,
