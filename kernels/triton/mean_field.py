@@ -299,15 +299,35 @@ def _add_product(total, table_ptr, row, x0, x1, x2, x3, R: tl.constexpr):
 
 
 @triton.jit
+def _at_few(
+    ptr, label, i, pixels,
+    LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Addresses of a tile, with a word on which of its axes go to the lanes of a warp.
+
+    Triton shares tiles out in the order of contiguity, and versions differ on equal axes. One that is called contiguous
+    by 2, but is not the most contiguous one, precedes L, and is never read as if it were.
+    """
+    at = ptr + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+    if LABELS_LAST and not TOGETHER:
+        return tl.max_contiguous(at, [1, G, 2])
+    elif not LABELS_LAST:
+        return tl.max_contiguous(at, [1, 2, P])
+    else:
+        return at
+
+
+@triton.jit
 def _scores_few(
     logits_ptr, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
-    FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """t = unary u + A H, −inf where the axis has ended: [L, G, P]."""
     there = known & valid[None, None, :]
     if UNARY != _NONE:
-        places = _places(label, i[None, None, :], pixels, K, LABELS_LAST)
-        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32)
+        at = _at_few(logits_ptr, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
+        t = tl.load(at, mask=there, other=float("-inf")).to(tl.float32)
         if UNARY == _PART:
             t *= unary
     else:  # a uniform start: −inf · 0 must not appear
@@ -340,7 +360,7 @@ def _axis_few(
         known = label < END
         t = _scores_few(
             logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
-            FIELD, UNARY, LABELS_LAST, K, R,
+            FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
         )  # fmt: skip
         most = tl.maximum(m, tl.max(t, 0) * scale)
         shrink = _exp2(m - most)
@@ -367,10 +387,10 @@ def _axis_few(
             known = label < END
             t = _scores_few(
                 logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
-                FIELD, UNARY, LABELS_LAST, K, R,
+                FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
             )  # fmt: skip
             q = _exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
-            at = to_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+            at = _at_few(to_ptr + image * K * pixels, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
             tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known & valid[None, None, :])
     return (
         tl.sum(f0 * shrink, 0) * inverse, tl.sum(f1 * shrink, 0) * inverse,
@@ -489,10 +509,10 @@ def _axis_adjoint_few(
         known = label < END
         t = _scores_few(
             logits, a_ptr, label, row, known, i, active, pixels, unary, h0, h1, h2, h3,
-            FIELD, UNARY, LABELS_LAST, K, R,
+            FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
         )  # fmt: skip
         if LAST:
-            at = grad_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+            at = _at_few(grad_ptr + image * K * pixels, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
             dq = tl.load(at, mask=known & active[None, None, :], other=0.0).to(tl.float32)
         else:
             dq = tl.zeros([L, G, P], tl.float32) - shift[None, None, :]
@@ -650,8 +670,10 @@ def logits_gradient_few_kernel(
     row = tl.minimum(label, end - 1).to(tl.int32)
     known = label < end
     there = known & valid[None, None, :]
-    places = image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
-    u = tl.load(logits_ptr + places, mask=there, other=0.0).to(tl.float32)
+    begin = image * K * pixels
+    u = tl.load(
+        _at_few(logits_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), mask=there, other=0.0
+    ).to(tl.float32)
     du = tl.zeros([L, G, P], tl.float32)
     absent = 1.0 if UNIFORM else 0.0  # 1 − unary_k
     absent = absent * 1.0
@@ -664,13 +686,15 @@ def logits_gradient_few_kernel(
         )
         t = _add_product(u * (1 - absent), a_ptr, row, h0, h1, h2, h3, R)
         if k == slots - 1:
-            dq = tl.load(grad_ptr + places, mask=there, other=0.0).to(tl.float32)
+            dq = tl.load(
+                _at_few(grad_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), mask=there, other=0.0
+            ).to(tl.float32)
         else:
             d0, d1, d2, d3 = _load_few(_state(adjoints_ptr, image, slots, k, 1, pixels, R), i, valid, pixels, R)
             dq = _add_product(tl.zeros([L, G, P], tl.float32), b_ptr, row, d0, d1, d2, d3, R)
         q = _exp2(t * _LOG2E - most[None, None, :]) * ((1 - absent) * inverse)[None, None, :]
         du += q * (dq - mean[None, None, :])
-    tl.store(to_ptr + places, du, mask=there)
+    tl.store(_at_few(to_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), du, mask=there)
 
 
 # --- many columns: tiles [C, P] of labels and pixels, products on the tensor cores ------------------------------------
