@@ -503,7 +503,7 @@ def test_compiles_ahead_of_time(arch, case):
     if version < (3, 3):
         pytest.skip("triton < 3.3 takes signatures in another form")
     name = list(registers.CASES)[case]
-    # bytes a thread: the sizes of tiles were chosen with triton 3.7 for sm_90; others may spill a little
-    allowed = 0 if arch == 90 and version >= (3, 7) and "R = 50" not in name else 256
+    # bytes a thread: sizes of tiles were chosen for 313 labels, triton 3.7 and sm_90; the rest may spill a little
+    allowed = 0 if arch == 90 and version >= (3, 7) and "25 + 25" not in name else 256
     for _, launch, usage in registers.table(arch, {name: registers.CASES[name]}):
         assert usage.spilled <= allowed, f"{launch.kernel.__name__} of {name} spills {usage.spilled} bytes"
