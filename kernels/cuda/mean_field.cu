@@ -902,9 +902,9 @@ struct Upstream {
 };
 
 // What the label passes of the backward read, but for the rows.
-template <typename T, int N>
+template <typename T, int N, int M>
 __device__ void prepare(const Job& job, const Shared<T>& shared, int strip, Scores<T, N>& scores,
-                        Upstream<T, N>& upstream) {
+                        Upstream<T, M>& upstream) {
   scores.u = shared.tile + strip * kPixels<T>, upstream.grads = shared.grads + strip * kPixels<T>;
   scores.row = upstream.row = job.layout.row;
   scores.a = shared.a, upstream.b = shared.b;
@@ -958,7 +958,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
     make_adjoints<T, N>(job, shared, lane, i, k);
     __syncwarp();
     Scores<T, N> scores;
-    Upstream<T, N> upstream;
+    Upstream<T, P == 8 && N == 4 ? 0 : N> upstream;  // where registers are too few for dF, from the rows
     prepare(job, shared, min(from / P + lane.strip, strips - 1), scores, upstream);
     scores.c = unary * kLog2E;
     if (!last) upstream.grads = nullptr;
@@ -975,7 +975,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
       float none[N ? N : 1], most[P], inverse[P], mean[P], e1[N ? N : 1][P], e2[N ? N : 1][P];
       const float total = softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, most, none);
       share(counts ? 1.0f / total : 0.0f, inverse);
-      upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);  // not before: registers are short
+      upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         mean[p] = 0.0f;
