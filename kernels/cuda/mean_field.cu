@@ -9,6 +9,8 @@
 #include <cfloat>
 #include <climits>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 namespace fastcolor::cuda {
 namespace {
@@ -76,7 +78,6 @@ __device__ float ex2(float x) { return exp2f(x); }
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 __device__ T from_float(float x);
@@ -112,6 +113,25 @@ __device__ void put(T* to, const Strip<T>& strip) {
   uint4 word;
   memcpy(&word, &strip, sizeof word);
   *reinterpret_cast<uint4*>(to) = word;
+}
+
+// A strip as floats. Of two bfloat16 in a word each is one instruction away; from single values nvcc takes two.
+template <typename T>
+__device__ void get_floats(const T* from, float (&to)[kPixels<T>]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const uint4 word = *reinterpret_cast<const uint4*>(from);
+    const unsigned words[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned low = words[i] << 16, high = words[i] & 0xffff0000u;
+      memcpy(&to[2 * i], &low, sizeof low);
+      memcpy(&to[2 * i + 1], &high, sizeof high);
+    }
+  } else {
+    const Strip<T> strip = get(from);
+#pragma unroll
+    for (int p = 0; p < kPixels<T>; ++p) to[p] = to_float(strip.v[p]);
+  }
 }
 
 // Floats of a strip's pixels from a row of the warp.
@@ -400,9 +420,10 @@ struct Scores {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const int at = kTail ? min(l + i * kSplits, end - 1) : l + i * kSplits;
-        const Strip<T> strip = cuda::get(u + at * row);
+        float v[P];
+        get_floats(u + at * row, v);
 #pragma unroll
-        for (int p = 0; p < P; ++p) x[i][p] = fmaf(to_float(strip.v[p]), c, -base[p]);
+        for (int p = 0; p < P; ++p) x[i][p] = fmaf(v[p], c, -base[p]);
       }
     } else {  // a uniform start: −inf · 0 must not appear
 #pragma unroll
@@ -873,9 +894,7 @@ struct Upstream {
     if (grads) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const Strip<T> strip = cuda::get(grads + min(l + i * kSplits, end - 1) * row);
-#pragma unroll
-        for (int p = 0; p < P; ++p) s[i][p] = to_float(strip.v[p]);
+        get_floats(grads + min(l + i * kSplits, end - 1) * row, s[i]);
       }
       return;
     }
@@ -902,9 +921,9 @@ struct Upstream {
 };
 
 // What the label passes of the backward read, but for the rows.
-template <typename T, int N>
+template <typename T, int N, int M>
 __device__ void prepare(const Job& job, const Shared<T>& shared, int strip, Scores<T, N>& scores,
-                        Upstream<T, N>& upstream) {
+                        Upstream<T, M>& upstream) {
   scores.u = shared.tile + strip * kPixels<T>, upstream.grads = shared.grads + strip * kPixels<T>;
   scores.row = upstream.row = job.layout.row;
   scores.a = shared.a, upstream.b = shared.b;
@@ -958,7 +977,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
     make_adjoints<T, N>(job, shared, lane, i, k);
     __syncwarp();
     Scores<T, N> scores;
-    Upstream<T, N> upstream;
+    Upstream<T, P == 8 && N == 4 ? 0 : N> upstream;  // where registers are too few for dF, from the rows
     prepare(job, shared, min(from / P + lane.strip, strips - 1), scores, upstream);
     scores.c = unary * kLog2E;
     if (!last) upstream.grads = nullptr;
@@ -975,7 +994,7 @@ __device__ void step_back(const Job& job, const Shared<T>& shared, int64_t k, fl
       float none[N ? N : 1], most[P], inverse[P], mean[P], e1[N ? N : 1][P], e2[N ? N : 1][P];
       const float total = softmax<Features::kNone, kChunk>(scores, shared.b, int(first), end, most, none);
       share(counts ? 1.0f / total : 0.0f, inverse);
-      upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);  // not before: registers are short
+      upstream.read_rows(shared.rows + columns * kTile<T> + lane.strip * P);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         mean[p] = 0.0f;
