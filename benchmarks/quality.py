@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
+from benchmarks import timing
 from fastcolor.bins import ColorBins
 from fastcolor.evaluation.metrics import ab_accuracy, auc, chroma_steps, colorfulness, psnr, splotches
 from fastcolor.imaging.files import read_picture
@@ -209,7 +210,7 @@ def show(rows: list[dict], title: str) -> None:
                       f"{r['splotches']:.2%}")  # fmt: skip
     console.print(table)
     names = list(dict.fromkeys(r["method"] for r in rows if r["vividness"] is not None))
-    for figure, form in (("psnr", "{:.2f}"), ("auc_rebalanced", "{:.1%}"), ("bleeding", "{:.3f}"),
+    for figure, form in (("psnr", "{:.2f}"), ("auc", "{:.1%}"), ("auc_rebalanced", "{:.1%}"), ("bleeding", "{:.3f}"),
                          ("splotches", "{:.2%}")):  # fmt: skip
         table = Table("", *(f"{level:.0%}" for level in LEVELS), title=f"{figure} at equal colourfulness")
         for name in names:
@@ -293,8 +294,8 @@ def main() -> None:
     if options.half:
         files = files[options.half == "odd" :: 2]
     colorizer = Colorizer.load(options.weights, size=options.size)
-    if colorizer.bins is None:
-        parser.error(f"{options.weights}: a regression head has no distribution to read")
+    if colorizer.bins != ColorBins("joint"):
+        parser.error(f"{options.weights}: a distribution over the 313 joint bins is needed")
     pictures = prepared(files, colorizer)
     chosen = methods(colorizer, options.field)
     if options.only:
@@ -305,7 +306,9 @@ def main() -> None:
     show(rows, title)
     if options.json:
         plain = [{k: None if v != v else v for k, v in r.items()} for r in rows]  # JSON has no nan
-        record = {"pictures": len(pictures), "size": colorizer.size, "field": colorizer.field, "rows": plain}
+        record = timing.machine("cpu", None)
+        record |= {"weights": options.weights.name, "half": options.half, "pictures": len(pictures)}
+        record |= {"size": colorizer.size, "field": colorizer.field, "rows": plain}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.plot:
         plot(options.plot, rows)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from fastcolor.bins import ColorBins
-from fastcolor.ops.mean_field import MeanField
+from fastcolor.ops.mean_field import MeanField, check_options
 
-# By benchmarks/quality.py on 200 photos, at equal colourfulness: a fifth less roughness in flat regions than without,
-# and the same PSNR (within 0.1 dB up to a colourfulness of 90 %, 0.2 dB less at 100 %).
+# Chosen by benchmarks/quality.py: docs/quality.md has the figures.
 FIELD = {
     "similarity": "quadratic",
     "gamma": 10.0,
@@ -27,9 +24,9 @@ FIELD = {
 LEARNED = ("weight", "sigma_space", "sigma_light")
 
 
-def learnable_field(bins: ColorBins, sweeps: int) -> MeanField:
-    """The field of `FIELD` with its weight and sigmas as parameters."""
-    return MeanField(bins, learn=LEARNED, **{**FIELD, "sweeps": sweeps})
+def learnable_field(bins: ColorBins, sweeps: int, start: dict | None = None) -> MeanField:
+    """The field of `FIELD`, or with options of an earlier one, its weight and sigmas being parameters."""
+    return MeanField(bins, learn=LEARNED, **{**FIELD, **(start or {}), "sweeps": sweeps})
 
 
 def field_options(field: MeanField) -> dict:
@@ -43,13 +40,17 @@ def check_field_options(options: dict) -> dict:
     """Options read from a checkpoint, in which only those of `FIELD` may stand.
 
     Raises:
-        ValueError: another option, or a value of another type.
+        ValueError: another option, a value of another type, or one that `mean_field` does not take.
     """
+    if not isinstance(options, dict):
+        raise ValueError(f"the field must be a table of options, got {options!r}")
     for name, value in options.items():
         if name not in FIELD:
             raise ValueError(f"the field has no option {name!r}")
-        if isinstance(FIELD[name], str) != isinstance(value, str) or (not isinstance(value, str) and math.isnan(value)):
+        kinds = (int, float) if isinstance(FIELD[name], float) else type(FIELD[name])
+        if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"the field's {name} must be like {FIELD[name]!r}, got {value!r}")
+    check_options({**FIELD, **options})
     return dict(options)
 
 

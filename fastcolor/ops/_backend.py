@@ -88,7 +88,8 @@ def native(module: str):
         try:
             loaded.use_simd(os.environ[_SIMD].lower())
         except ValueError as error:
-            raise BackendError(f"{_SIMD} {error}") from None
+            global _environment_error
+            _environment_error = f"{_SIMD} {error}"
     return loaded
 
 
@@ -150,6 +151,7 @@ def choose(op: str, device: torch.device) -> Choice:
     Raises:
         BackendError: every backend that was asked for is absent, on another device, or lacks the operation.
     """
+    native("_cpu")  # looks at FASTCOLOR_SIMD
     if _environment_error is not None:
         raise BackendError(_environment_error)
     wished, offers = forced(), OFFERS[op]

@@ -24,6 +24,7 @@ _backend.offer("mean_field", "cuda", "triton", "cpp")
 
 _STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/cpu/mean_field.h
 _LARGEST = torch.finfo(torch.float32).max
+_MOST_PIXELS = (1 << 31) - (1 << 16)  # of an image on a GPU, where pixels are counted in 32 bits
 _MOST_COLUMNS = 64  # R of the kernels: above, products with A and B cost more than all else
 
 SIMILARITIES = ("potts", "steps", "gaussian", "quadratic")
@@ -126,7 +127,7 @@ def mean_field(
         "sweeps": sweeps, "schedule": schedule, "damping": damping, "start": start, "previous": previous,
         "weight_time": weight_time, "sigma_time": sigma_time, "tolerance": tolerance,
     }  # fmt: skip
-    _check_options(options)
+    check_options(options)
     _check_entries(similarity)
     return _run(logits, guide, options)
 
@@ -151,7 +152,7 @@ def mean_field_annealed(logits: Tensor, guide: Tensor, *, temperature: Scalar = 
         ValueError, TypeError: as `mean_field` and `annealed_mean`.
     """
     options = {**_DEFAULTS, **options}
-    _check_options(options)
+    check_options(options)
     _check_entries(options["similarity"])
     _check_temperature(temperature)
     _check_floating("logits", logits)
@@ -218,7 +219,7 @@ def _left_to_reference(logits: Tensor, columns: int) -> bool:
 def _factors(labels: int, options: dict, device: torch.device) -> tuple[Tensor, Tensor]:
     """A and B [K, R] in float32."""
     similarity, *rest = (options[name] for name in ("similarity", "bins", "gamma", "tolerance"))
-    if isinstance(similarity, str) and not torch.compiler.is_compiling():
+    if isinstance(similarity, str) and not _traced():
         return _named_factors(similarity, labels, *rest, device)
     factors = reference.label_factors(similarity, labels, *rest, dtype=torch.float32, device=device)
     return factors.a, factors.b
@@ -234,7 +235,7 @@ class _Fixed(NamedTuple):
     checkerboard: bool
     damping: float
     uniform: bool
-    backend: str  # of forward and backward, which may come when another one is asked for
+    backend: str  # of forward and backward, which may come when another one is asked for; "auto" on a GPU: by size
 
 
 def _on_kernels(
@@ -256,6 +257,8 @@ def _on_kernels(
         nearness = reference.gaussian(guide.float() - g_before, options["sigma_time"])
         prior = options["weight_time"] * nearness * reference.project(b, q_before)
     tensors = (logits, guide, a, b, *_pair_terms(around, options, logits), prior)
+    if backend != "cpp" and not torch.compiler.is_compiling() and height * width > _MOST_PIXELS:
+        raise ValueError(f"logits must have at most {_MOST_PIXELS} pixels an image on {backend}, got {height}×{width}")
     fixed = _Fixed(
         [dy for dy, _ in around],
         [dx for _, dx in around],
@@ -264,7 +267,7 @@ def _on_kernels(
         options["schedule"] == "checkerboard",
         float(options["damping"]),
         options["start"] == "uniform",
-        backend,
+        "auto" if backend == "cuda" and not _backend.forced() else backend,
     )
     scalars = (temperature,) if isinstance(temperature, Tensor) else ()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *scalars)):
@@ -272,8 +275,9 @@ def _on_kernels(
         return q if temperature is None else reference.annealed_mean(q, temperature, bins)
     if temperature is None:
         return _mean_field(*tensors, *fixed, False)[0]
-    colors = _colors.__wrapped__ if torch.compiler.is_compiling() else _colors  # it does not trace through a cache
-    return _mean_field_annealed(*tensors, *fixed, colors(bins, logits.device), float(temperature))
+    colors = (_colors.__wrapped__ if _traced() else _colors)(bins, logits.device)
+    # below, 1 / T would be infinite; it is the mode long before
+    return _mean_field_annealed(*tensors, *fixed, colors, max(float(temperature), 1e-30))
 
 
 def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,23 +296,28 @@ def _pair_terms(around: list[tuple[int, int]], options: dict, like: Tensor) -> t
 
 
 # Tables of plain numbers are kept: a copy to a device makes the host wait for it, and cannot be captured in a graph.
-# They are made outside inference mode, whose tensors could not be used in training. torch.compile goes past the caches.
+# They are made outside inference mode, whose tensors could not be used in training. Tracing goes past the caches.
+
+
+def _traced() -> bool:
+    """Whether tensors made now may be fakes, or are watched: by torch.compile, make_fx, FakeTensorMode ..."""
+    return torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
 
 
 def _constant(numbers: float | list[float], like: Tensor) -> Tensor:
     """Numbers in float32 on a tensor's device."""
-    if torch.compiler.is_compiling():
+    if _traced():
         return like.new_tensor(numbers, dtype=torch.float32)
     return _on_device(tuple(numbers) if isinstance(numbers, list) else numbers, torch.float32, like.device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 @torch.inference_mode(False)
 def _on_device(numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _named_factors(
     similarity: str, labels: int, bins: ColorBins | None, gamma: float, tolerance: float | None, device: torch.device
@@ -317,11 +326,11 @@ def _named_factors(
     return factors.a, factors.b
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _colors(bins: ColorBins, device: torch.device) -> Tensor:
     """[K, 2]: the ab of each label, 0 on the axis that is not its own."""
-    colors = torch.zeros(bins.count, 2, device=device)
+    colors = torch.zeros(bins.count, 2, dtype=torch.float32, device=device)
     for axis, (place, centers) in enumerate(bins.groups()):
         if bins.kind == "joint":
             colors[place] = centers.to(colors)
@@ -418,7 +427,7 @@ class _NativeCuda:
         self.stream = torch.cuda.current_stream(logits.device).cuda_stream
 
     def scratch(self, floats: int) -> Tensor:
-        return torch.empty(floats, device=self.kept[0].logits.device)
+        return torch.empty(floats, dtype=torch.float32, device=self.kept[0].logits.device)
 
 
 def _forward_on_cuda(problem: Problem, marginals, colors, temperature, ab, states) -> None:
@@ -440,28 +449,31 @@ def _backward_on_cuda(problem: Problem, grad: Tensor, states: Tensor, to: Gradie
         )
 
 
-def _better_on_triton(problem: Problem) -> bool:
-    """Whether nobody asked for the CUDA kernel, one image does not fit in the device's shared memory, where it could
-    stay for all sweeps, and Triton is there. Both have the same states."""
-    if _backend.forced() or _backend.missing("triton") is not None:
-        return False
+def _fits_cuda(problem: Problem, backward: bool) -> bool:
+    """Whether the logits of one image fit in the device's shared memory, where they stay for all sweeps."""
     batch, labels, height, width = problem.logits.shape
     with torch.cuda.device(problem.logits.device):
         pixels = _backend.native("_cuda").mean_field_resident_pixels(
-            _STORAGE[problem.logits.dtype], labels, problem.a.shape[1]
+            _STORAGE[problem.logits.dtype], labels, problem.a.shape[1], backward
         )
-    return batch > 0 and height * width > pixels
+    if pixels == 0 and _backend.missing("triton") is not None:
+        raise _backend.BackendError(
+            f"mean_field cannot run on backend 'cuda': {labels} labels are too many for the device's shared memory; "
+            "pip install 'fastcolor[triton]', or use_backend('reference')"
+        )
+    return height * width <= pixels
 
 
-def _kernels(problem: Problem, backend: str):
-    """The forward and the backward function of a backend; their arguments are those of kernels/triton/mean_field.py."""
+def _kernels(problem: Problem, backend: str, backward: bool = False):
+    """The forward or the backward function of a backend; their arguments are those of kernels/triton/mean_field.py."""
     if backend == "cpp":
-        return _forward_on_cpp, _backward_on_cpp
-    if backend == "cuda" and not _better_on_triton(problem):
-        return _forward_on_cuda, _backward_on_cuda
+        return _backward_on_cpp if backward else _forward_on_cpp
+    fits = backend == "triton" or _fits_cuda(problem, backward)
+    if backend == "cuda" or (backend == "auto" and (fits or _backend.missing("triton") is not None)):
+        return _backward_on_cuda if backward else _forward_on_cuda
     from fastcolor.kernels.triton import mean_field as triton_mean_field  # triton is optional
 
-    return triton_mean_field.mean_field, triton_mean_field.mean_field_backward
+    return triton_mean_field.mean_field_backward if backward else triton_mean_field.mean_field
 
 
 def _launch(logits, guide, a, b, space, sharpness, prior, *rest):
@@ -469,8 +481,9 @@ def _launch(logits, guide, a, b, space, sharpness, prior, *rest):
     fixed = _Fixed(*fixed)
     problem = _problem(logits, guide, a, b, space, sharpness, prior, fixed)
     q = _empty_like(logits, logits.dtype)
-    states = torch.zeros(_state_size(logits, a.shape[1], fixed) if keep else 0, device=logits.device)
-    _kernels(problem, fixed.backend)[0](problem, q, None, 1.0, None, states if keep else None)
+    size = _state_size(logits, a.shape[1], fixed) if keep else 0
+    states = torch.zeros(size, dtype=torch.float32, device=logits.device)
+    _kernels(problem, fixed.backend)(problem, q, None, 1.0, None, states if keep else None)
     return q, states
 
 
@@ -485,7 +498,7 @@ def _launch_annealed(logits, guide, a, b, space, sharpness, prior, *rest):
     fixed = _Fixed(*fixed)
     problem = _problem(logits, guide, a, b, space, sharpness, prior, fixed)
     ab = _fake_annealed(logits)
-    _kernels(problem, fixed.backend)[0](problem, None, colors.float().contiguous(), temperature, ab, None)
+    _kernels(problem, fixed.backend)(problem, None, colors.float().contiguous(), temperature, ab, None)
     return ab
 
 
@@ -504,7 +517,7 @@ def _launch_backward(grad, states, logits, guide, a, b, space, sharpness, prior,
     grad = grad.contiguous()  # in memory as the logits are
     wide = _empty_like(logits, torch.float32)
     of = (guide, a, b, space, sharpness, logits.new_empty(0) if prior is None else prior)
-    sums = [torch.zeros(x.shape, device=logits.device) for x in of]  # the kernel adds to them
+    sums = [torch.zeros(x.shape, dtype=torch.float32, device=logits.device) for x in of]  # the kernel adds to them
     to_guide, to_a, to_b, to_space, to_sharpness, to_prior = sums
     to = Gradients(
         wide,
@@ -515,7 +528,7 @@ def _launch_backward(grad, states, logits, guide, a, b, space, sharpness, prior,
         to_sharpness if pairs else None,
         None if prior is None else to_prior,
     )
-    _kernels(problem, fixed.backend)[1](problem, grad, states, to)
+    _kernels(problem, fixed.backend, backward=True)(problem, grad, states, to)
     return wide.to(logits.dtype), *(s.to(x.dtype) for s, x in zip(sums, of, strict=True))
 
 
@@ -624,7 +637,7 @@ class MeanField(nn.Module):
         }  # fmt: skip
         for name in learn:
             _check_choice("learn", name, self.LEARNABLE)
-        _check_options({**self.options, **scalars, "similarity": similarity})
+        check_options({**self.options, **scalars, "similarity": similarity})
         _check_entries(similarity)
         self._fixed = {}
         for name, value in scalars.items():
@@ -706,7 +719,7 @@ def label_factors(
     Raises:
         ValueError: as in `mean_field`.
     """
-    _check_options({"similarity": similarity, "gamma": gamma, "tolerance": tolerance})
+    check_options({"similarity": similarity, "gamma": gamma, "tolerance": tolerance})
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
     if isinstance(similarity, str):
@@ -884,8 +897,8 @@ def _number(name: str, value: Scalar) -> float:
     return 1.0 if torch.compiler.is_compiling() else value.item()
 
 
-def _check_options(options: dict) -> None:
-    """What can be said without the logits."""
+def check_options(options: dict) -> None:
+    """What can be said of options of `mean_field` without the logits: raises ValueError."""
     for name in ("radius", "dilation"):
         if name in options and options[name] < 1:
             raise ValueError(f"{name} must be >= 1, got {options[name]}")
@@ -895,7 +908,7 @@ def _check_options(options: dict) -> None:
         raise ValueError(f"damping must be in [0, 1), got {options['damping']}")
     if not 0 < options["gamma"] < math.inf:
         raise ValueError(f"gamma must be > 0 and finite, got {options['gamma']}")
-    if options["tolerance"] is not None and not options["tolerance"] >= 0:
+    if options.get("tolerance") is not None and not options["tolerance"] >= 0:
         raise ValueError(f"tolerance must be >= 0 or None, got {options['tolerance']}")
     for name in ("sigma_space", "sigma_light", "sigma_time"):
         if name in options and not _number(name, options[name]) > 0:

@@ -70,8 +70,9 @@ class TrainConfig:
     def differences(self, other: dict) -> list[str]:
         """Fields that decide the course of a run and differ from those in `other`."""
         free = {"epochs", "device", "workers", "out", "resume", "init"}
+        before = {f.name: other.get(f.name, f.default) for f in fields(self)}  # older runs lack newer options
         return [
-            f"{f.name} was {other[f.name]!r}, is {getattr(self, f.name)!r}"
+            f"{f.name} was {before[f.name]!r}, is {getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.name not in free and f.name in other and other[f.name] != getattr(self, f.name)
+            if f.name not in free and before[f.name] != getattr(self, f.name)
         ]

@@ -153,13 +153,13 @@ class Run:
         self.bins = bins if config.head == "distribution" else None
         fused = {"fused": True} if self.device.type in ("cpu", "cuda") else {}
         self.field = learnable_field(bins, config.mrf_sweeps).to(self.device) if config.mrf_sweeps else None
+        if config.init and not config.resume:
+            self._start_from(config.init)
         groups = [{"params": list(self.network.parameters())}]
         if self.field is not None:
             groups.append({"params": list(self.field.parameters()), "scale": _FIELD_RATE})
         self.optimizer = torch.optim.Adam(groups, lr=config.lr, **fused)
         self.progress, self.prior = Progress(), None
-        if config.init and not config.resume:
-            self._start_from(config.init)
         if config.resume:
             self._load_state()
         self.weights = None
@@ -321,14 +321,15 @@ class Run:
             raise OSError(f"{self.out / STATE}: cannot be written ({str(error).splitlines()[0]})") from error
 
     def _start_from(self, path: str) -> None:
-        start = load_checkpoint(path).network
-        ours = self.network.config
-        if (start.config.head, start.config.bins) != (ours.head, ours.bins):
-            raise TrainingError(
-                f"{path}: its head is {start.config.head} over {start.config.bins!r}, "
-                f"this run's is {ours.head} over {ours.bins!r}"
-            )
-        self.network.load_state_dict(start.state_dict())
+        """Takes over a network, and the field that was trained with it."""
+        start = load_checkpoint(path)
+        found, ours = start.network.config.to_dict(), self.network.config.to_dict()
+        different = [f"{name} is {found[name]!r}, not {ours[name]!r}" for name in ours if found[name] != ours[name]]
+        if different:
+            raise TrainingError(f"{path}: cannot start from another network: {'; '.join(different)}")
+        self.network.load_state_dict(start.network.state_dict())
+        if self.field is not None:
+            self.field = learnable_field(self.bins, self.config.mrf_sweeps, start.mrf).to(self.device)
 
     def _load_state(self) -> None:
         path = self.out / STATE
@@ -362,7 +363,7 @@ class Run:
         notes = {
             "epochs": self.progress.epoch,
             "size": self.network_size,
-            "options": {k: v for k, v in asdict(self.config).items() if k not in ("out", "device", "resume")},
+            "options": {k: v for k, v in asdict(self.config).items() if k not in ("out", "device", "resume", "init")},
             "validation": self.progress.history[-1] if self.progress.history else {},
         }
         options = {} if self.field is None else field_options(self.field)

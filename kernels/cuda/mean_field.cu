@@ -1490,11 +1490,11 @@ int64_t mean_field_backward_scratch(const MeanFieldProblem& p) {
   return kMostBlocks + state_floats(p, slots) + p.batch * slots * p.axes * 3 * p.height * p.width;
 }
 
-cudaError_t mean_field_resident_pixels(Storage storage, int64_t labels, int64_t rank, int64_t* pixels) {
+cudaError_t mean_field_resident_pixels(Storage storage, int64_t labels, int64_t rank, bool backward, int64_t* pixels) {
   Device device{};
   const cudaError_t error = this_device(device);
   if (error != cudaSuccess) return error;
-  const Shape shape{labels, rank, kOffsets, 1, 1, pixels_of(storage), false};
+  const Shape shape{labels, rank, kOffsets, 1, 1, pixels_of(storage), backward};
   *pixels = device.multiprocessors * capacity(shape, kThreads / 32, budget_of(shape, device, 1));
   return cudaSuccess;
 }

@@ -39,7 +39,7 @@ int64_t mean_field_backward_scratch(const MeanFieldProblem& problem);
 
 // How many pixels' logits the shared memory of the current device holds at once: images of no more stay there for all
 // sweeps, larger ones are read anew in each.
-cudaError_t mean_field_resident_pixels(Storage storage, int64_t labels, int64_t rank, int64_t* pixels);
+cudaError_t mean_field_resident_pixels(Storage storage, int64_t labels, int64_t rank, bool backward, int64_t* pixels);
 
 // marginals: as the logits, in their storage and order; may be null.
 // ab: [B, 2, H, W], Σ c q^(1/T) / Σ q^(1/T) with c = colors [K, 2] (0 on the other axis of separable labels); may be null.

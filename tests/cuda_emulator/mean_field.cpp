@@ -37,7 +37,7 @@ int64_t scratch(const MeanFieldProblem* p, int states, int is_backward) {
 
 int64_t resident_pixels(int storage, int64_t labels, int64_t rank) {
   int64_t pixels = 0;
-  return mean_field_resident_pixels(Storage(storage), labels, rank, &pixels) == cudaSuccess ? pixels : -1;
+  return mean_field_resident_pixels(Storage(storage), labels, rank, false, &pixels) == cudaSuccess ? pixels : -1;
 }
 
 // How the work is divided: threads, blocks, groups, pixels of a block, and at a time.

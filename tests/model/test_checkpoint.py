@@ -35,7 +35,15 @@ def test_field(saved, tmp_path):
     assert load_checkpoint(path).mrf == {}
     save_checkpoint(tmp_path / "w.safetensors", Checkpoint(network, mrf={**FIELD, "weight": 0.3}))
     assert load_checkpoint(tmp_path / "w.safetensors").mrf == {**FIELD, "weight": 0.3}
-    for wrong, message in (({"wieght": 1.0}, "no option 'wieght'"), ({"weight": "much"}, "weight must be like 0.1")):
+    for wrong, message in (
+        ({"wieght": 1.0}, "no option 'wieght'"),
+        ({"weight": "much"}, "weight must be like 0.1"),
+        ({"weight": True}, "weight must be like 0.1, got True"),
+        ({"sweeps": 2.5}, "sweeps must be like 5, got 2.5"),
+        ({"weight": -1.0}, "weight must be >= 0"),
+        ({"schedule": "x"}, "schedule must be one of"),
+        ([1], "must be a table of options"),
+    ):
         save_checkpoint(tmp_path / "w.safetensors", Checkpoint(network, mrf=wrong))
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path / "w.safetensors")

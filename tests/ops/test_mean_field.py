@@ -5,6 +5,7 @@ import itertools
 import math
 import mmap
 import sys
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -1312,6 +1313,76 @@ def test_what_kernels_do_not_take(backend, caplog):
         for _ in range(2):
             assert largest(mean_field(logits.float(), guide.float(), similarity="potts"), q) <= 5e-6
     assert len(caplog.records) == 1 and "runs on the reference backend: the similarity has 80 columns" in caplog.text
+
+
+@pytest.mark.skipif(not kernels, reason="no C++ kernels")
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_tensors_does_not_matter(default):
+    """Kernels write float32 into memory that is made for them."""
+    logits, guide = (x.float() for x in problem((1, 5, 4, 6)))
+
+    def run():
+        u, g, w = (x.clone().requires_grad_() for x in (logits, guide, torch.tensor(0.3, dtype=torch.float32)))
+        q = mean_field(u, g, bins=SMALL, weight=w, sweeps=2)
+        q[:, 0].sum().backward()
+        op._colors.cache_clear()
+        with torch.no_grad():
+            ab = op.mean_field_annealed(logits, guide, bins=SMALL, sweeps=2)
+        return q.detach(), u.grad, g.grad, w.grad, ab
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        op._colors.cache_clear()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and largest(a, b) <= 1e-6 * (1 + b.abs().max().item())
+
+
+def test_fake_tensors_are_not_kept():
+    """Who traces fills no table: later calls would get fakes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    options = {"bins": SMALL, "sweeps": 1, "gamma": 11.25, "weight": 0.3125, "sigma_light": 7.125}
+    with FakeTensorMode(), torch.no_grad():
+        mean_field(torch.empty(1, 5, 3, 4), torch.empty(1, 1, 3, 4), **options)
+    logits, guide = (x.float() for x in problem((1, 5, 3, 4)))
+    q = mean_field(logits, guide, **options)
+    assert type(q) is torch.Tensor and largest(q.sum(1), torch.ones(1, 3, 4)) <= 1e-5
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backend, pixels, triton, expected", [
+    ("auto", 24, True, "cuda"), ("auto", 23, True, "triton"), ("auto", 23, False, "cuda"),
+    ("cuda", 23, True, "cuda"), ("cuda", 24, False, "cuda"), ("triton", 1000, True, "triton"),
+])  # fmt: skip
+def test_cuda_where_an_image_fits(monkeypatch, backend, pixels, triton, expected, backward):
+    """The choice on a GPU, without one: both directions go by the name that the forward was given."""
+    from types import SimpleNamespace
+
+    asked = []
+    module = SimpleNamespace(mean_field_resident_pixels=lambda *arguments: asked.append(arguments) or pixels)
+    monkeypatch.setattr(op._backend, "native", lambda name: module)
+    monkeypatch.setattr(op._backend, "missing", lambda name: None if triton else "not installed")
+    monkeypatch.setattr(op.torch.cuda, "device", lambda device: nullcontext())
+    pytest.importorskip("triton") if expected == "triton" else None
+    chosen = op._kernels(SimpleNamespace(logits=torch.empty(2, 5, 4, 6), a=torch.empty(5, 3)), backend, backward)
+    names = {"cuda": "_backward_on_cuda" if backward else "_forward_on_cuda",
+             "triton": "mean_field_backward" if backward else "mean_field"}  # fmt: skip
+    assert chosen.__name__ == names[expected]
+    assert all(arguments == (0, 5, 3, backward) for arguments in asked)
+
+
+def test_too_many_labels_for_cuda_alone(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(op._backend, "native", lambda name: SimpleNamespace(mean_field_resident_pixels=lambda *a: 0))
+    monkeypatch.setattr(op._backend, "missing", lambda name: "not installed")
+    monkeypatch.setattr(op.torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(fastcolor.BackendError, match="'cuda': 5 labels are too many .* fastcolor\\[triton\\]"):
+        op._kernels(SimpleNamespace(logits=torch.empty(1, 5, 4, 6), a=torch.empty(5, 3)), "auto")
 
 
 def test_reference_when_asked_for():

@@ -158,7 +158,9 @@ def emulator(request, library, monkeypatch):
     emulator = Emulator(library)
     emulator.set_device(*DEVICES[request.param], seed=zlib.crc32(request.node.name.encode()))
     monkeypatch.setattr(op, "_chosen", lambda device, forced: "reference" if "reference" in forced else "cuda")
-    monkeypatch.setattr(op, "_kernels", lambda problem, backend: (emulator.forward, emulator.backward))
+    monkeypatch.setattr(
+        op, "_kernels", lambda problem, backend, backward=False: emulator.backward if backward else emulator.forward
+    )
     return emulator
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastcolor.imaging.find import find_images
-from fastcolor.model.checkpoint import CheckpointError, load_checkpoint
+from fastcolor.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastcolor.model.colorizer import Colorizer
 from fastcolor.model.field import FIELD, LEARNED, field_options
 from fastcolor.model.network import pool_to
@@ -253,15 +253,31 @@ def test_resume_with_a_field_is_exact(photos, tmp_path):
     assert load_checkpoint(parts.out / "model.safetensors").mrf == load_checkpoint(whole.out / "model.safetensors").mrf
 
 
+def test_resumes_runs_that_know_no_field(photos, tmp_path):
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+    train(photos, config)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del state["field"], state["config"]["mrf_sweeps"], state["config"]["init"]
+    torch.save(state, tmp_path / "run" / "state.pt")
+    with pytest.raises(TrainingError, match="mrf_sweeps was 0, is 2"):
+        Run(photos, replace(config, resume=True, mrf_sweeps=2), Silent())
+    assert Run(photos, replace(config, resume=True), Silent()).progress.epoch == 1
+
+
 def test_starts_from_other_weights(photos, tmp_path):
     first = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "first")))
     weights = str(first.out / "model.safetensors")
     run = Run(photos, replace(TINY, init=weights, out=str(tmp_path / "second")), Silent())
     loaded = load_checkpoint(weights).network.state_dict()
     assert all(torch.equal(v, loaded[n]) for n, v in run.network.state_dict().items())
-    with pytest.raises(
-        TrainingError, match=r"model.safetensors: its head is distribution .*, this run's is regression"
-    ):
+    with pytest.raises(TrainingError, match="cannot start .* head is 'distribution', not 'regression'"):
         Run(photos, replace(TINY, init=weights, head="regression", out=str(tmp_path / "third")), Silent())
+    loaded = load_checkpoint(weights)
+    loaded.mrf = {**FIELD, "weight": 0.25, "radius": 1}
+    save_checkpoint(tmp_path / "field.safetensors", loaded)
+    options = {"init": str(tmp_path / "field.safetensors"), "mrf_sweeps": 2, "out": str(tmp_path / "third")}
+    run = Run(photos, replace(TINY, **options), Silent())
+    assert field_options(run.field) == pytest.approx({**loaded.mrf, "sweeps": 2}, rel=1e-6)
+    assert {id(p) for p in run.field.parameters()} <= {id(p) for g in run.optimizer.param_groups for p in g["params"]}
     with pytest.raises(CheckpointError, match="nowhere.safetensors: no such weights file"):
         Run(photos, replace(TINY, init="nowhere.safetensors", out=str(tmp_path / "third")), Silent())
