@@ -277,7 +277,9 @@ def test_starts_from_other_weights(photos, tmp_path):
     save_checkpoint(tmp_path / "field.safetensors", loaded)
     options = {"init": str(tmp_path / "field.safetensors"), "mrf_sweeps": 2, "out": str(tmp_path / "third")}
     run = Run(photos, replace(TINY, **options), Silent())
-    assert field_options(run.field) == pytest.approx({**loaded.mrf, "sweeps": 2}, rel=1e-6)
+    expected = {**loaded.mrf, "sweeps": 2}
+    for name, value in field_options(run.field).items():
+        assert value == (pytest.approx(expected[name]) if name in LEARNED else expected[name])
     assert {id(p) for p in run.field.parameters()} <= {id(p) for g in run.optimizer.param_groups for p in g["params"]}
     with pytest.raises(CheckpointError, match="nowhere.safetensors: no such weights file"):
         Run(photos, replace(TINY, init="nowhere.safetensors", out=str(tmp_path / "third")), Silent())
