@@ -1346,7 +1346,7 @@ def test_fake_tensors_are_not_kept():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     options = {"bins": SMALL, "sweeps": 1, "gamma": 11.25, "weight": 0.3125, "sigma_light": 7.125}
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         mean_field(torch.empty(1, 5, 3, 4), torch.empty(1, 1, 3, 4), **options)
     logits, guide = (x.float() for x in problem((1, 5, 3, 4)))
     q = mean_field(logits, guide, **options)
@@ -1381,7 +1381,7 @@ def test_too_many_labels_for_cuda_alone(monkeypatch):
     monkeypatch.setattr(op._backend, "native", lambda name: SimpleNamespace(mean_field_resident_pixels=lambda *a: 0))
     monkeypatch.setattr(op._backend, "missing", lambda name: "not installed")
     monkeypatch.setattr(op.torch.cuda, "device", lambda device: nullcontext())
-    with pytest.raises(fastcolor.BackendError, match="'cuda': 5 labels are too many .* fastcolor\\[triton\\]"):
+    with pytest.raises(fastcolor.BackendError, match="'cuda': 5 labels are too many .* pip install"):
         op._kernels(SimpleNamespace(logits=torch.empty(1, 5, 4, 6), a=torch.empty(5, 3)), "auto")
 
 
