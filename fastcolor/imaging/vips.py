@@ -55,8 +55,19 @@ def open_file(path: str | Path, *, page: int = 0, shrink: int = 1) -> pyvips.Ima
     Raises:
         ImageError: missing, a folder, empty, or not an image.
     """
-    pyvips = libvips()
     path = Path(path)
+    for _ in range(2):
+        try:
+            return _open(path, page, shrink)
+        except ImageError as error:
+            # libvips keeps its messages in one place for all threads: another file's failure may have taken this one's
+            if "unable to call" not in str(error):
+                raise
+    return _open(path, page, shrink)
+
+
+def _open(path: Path, page: int, shrink: int) -> pyvips.Image:
+    pyvips = libvips()
     try:
         if path.is_dir():
             raise ImageError(f"{path}: is a folder, expected an image file")

@@ -438,7 +438,15 @@ def test_signal_from_outside_leaves_whole_files_only():
     code = "import typer; from fastcolor.cli.colorize import colorize; typer.run(colorize)"
     args = [sys.executable, "-c", code, "in", "--weights", "tiny.safetensors", "--size", "32", "--device", "cpu"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*args, "--batch-size", "1"], stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [*args, "--batch-size", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored by who started these tests, it stays so
+    )
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and len(list(Path().glob("in-color/*.tif"))) < 3:
         time.sleep(0.005)
