@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +34,6 @@ from fastcolor.model.colorizer import BUNDLED, Colorizer
 from fastcolor.model.network import pool_to
 from fastcolor.ops.mean_field import PRESETS, annealed_mean, mean_field, mode, probability_unary
 from fastcolor.ops.render import render
-from fastcolor.training.loop import Silent
 
 SEPARABLE = PRESETS["melas_kyriazi_2017"]["bins"]
 LEVELS = (0.5, 0.6, 0.75, 0.9, 1.0)  # of colourfulness, as a share of the truth's, where curves are compared
@@ -166,7 +166,7 @@ def rgb_of(ab: Tensor, picture: Picture, stride: int) -> Tensor:
 
 @torch.inference_mode()
 def measure(
-    pictures: list[Picture], colorizer: Colorizer, chosen: dict[str, Method], vividness: list[float], reporter: Silent
+    pictures: list[Picture], colorizer: Colorizer, chosen: dict[str, Method], vividness: list[float]
 ) -> Iterator[dict]:
     """One row for each method and vividness; first those of grey and of the truth."""
     bins, stride, prior = colorizer.bins, colorizer.network.stride, colorizer.checkpoint.prior
@@ -181,11 +181,9 @@ def measure(
     for alpha in vividness:
         for name, method in chosen.items():
             scores = Scores(balance, bins)
-            reporter.stage(f"vividness {alpha:g}: {name}", len(pictures))
-            for p in pictures:
+            for p in track(pictures, f"vividness {alpha:g}: {name}", transient=True):
                 ab = method(p.logits.float() + alpha * log_weights, p.guide)
                 scores.add(rgb_of(ab, p, stride), p, ab[0])
-                reporter.advance()
             yield {"method": name, "vividness": alpha, **scores.figures()}
 
 
@@ -301,7 +299,7 @@ def main() -> None:
     if options.only:
         chosen = {n: m for n, m in chosen.items() if any(part in n for part in options.only.split(","))}
     values = [float(v) for v in options.vividness.split(",")]
-    rows = list(measure(pictures, colorizer, chosen, values, Silent()))
+    rows = list(measure(pictures, colorizer, chosen, values))
     title = f"{len(pictures)} pictures, network at a short side of {colorizer.size}"
     show(rows, title)
     if options.json:

@@ -10,7 +10,6 @@ pyvips = pytest.importorskip("pyvips")
 
 from benchmarks import quality  # noqa: E402
 from fastcolor.model.colorizer import Colorizer  # noqa: E402
-from fastcolor.training.loop import Silent  # noqa: E402
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def test_rows(photos):
             ours = quality.rgb_of(chosen["field (default)"](u, p.guide), p, 4)
             off = (ours.int() - colorizer.colorize(p.truth).int()).abs()
             assert off.float().mean() < 0.2 and off.max() <= 6  # logits are kept in 16 bits
-    rows = list(quality.measure(pictures, colorizer, chosen, [0.0, 1.0], Silent()))
+    rows = list(quality.measure(pictures, colorizer, chosen, [0.0, 1.0]))
     grey, truth = rows[:2]
     assert grey["colorfulness"] < 0.01 and truth["psnr"] == 100
     assert truth["auc"] == pytest.approx(1) and truth["auc_rebalanced"] == pytest.approx(1)
