@@ -1,5 +1,5 @@
 // What works on a run of pixels. No include guard: included once for each instruction set, inside a namespace and under
-// `#pragma GCC target`, so that its loops are vectorized for each. lab.cpp defines Run and View first.
+// `#pragma GCC target`, so that its loops are vectorized for each. A .cpp file includes cpu/runs.h first.
 
 inline void load_words(const View<const uint16_t>& in, Run& run, int64_t n) {
   copy_in(in, run.c, n, [](uint16_t v) { return srgb_to_linear(float(v) * (1.0f / 65535.0f)); });

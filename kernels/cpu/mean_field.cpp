@@ -27,13 +27,6 @@ constexpr float kLog2E = 1.44269504088896f;
 constexpr int64_t kLarge = 1 << 22;
 constexpr int64_t kColumns = 16;  // rows are cut between threads, and padded, in units of the widest vector
 
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
 // Label tables of one axis, zero where R is rounded up. Labels side by side: [chunks][vectors][RC][lanes], the last
 // vector covering the last labels of the axis; pixels side by side: [count][R], colors [count][RC]. Colors begin in the
 // second column where the similarity is quadratic.

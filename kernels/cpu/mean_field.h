@@ -3,9 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fastcolor::cpu {
+#include "common/storage.h"
 
-enum class Storage : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace fastcolor::cpu {
 
 // B images, K labels, R columns of the label factors, O offsets, U updates (sweeps, times two on the checkerboard).
 struct MeanFieldProblem {

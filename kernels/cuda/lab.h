@@ -4,10 +4,9 @@
 
 #include <cstdint>
 
-namespace fastcolor::cuda {
+#include "common/storage.h"
 
-// Sample types of RGB. Integers stand for [0, 1] times their largest value.
-enum class Sample : int { kUint8 = 0, kUint16 = 1, kFloat32 = 2 };
+namespace fastcolor::cuda {
 
 // Three channels in memory: planar [images, 3, pixels], or interleaved [images, pixels, 3]. Lab is always float32.
 cudaError_t rgb_to_lab(const void* rgb, Sample sample, bool rgb_interleaved, float* lab, bool lab_interleaved,

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace fastcolor::cuda {
+#include "common/storage.h"
 
-enum class Storage : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace fastcolor::cuda {
 
 // B images, K labels, R columns of the label factors, O offsets, U updates (sweeps, times two on the checkerboard).
 // All pointers are to device memory.
