@@ -18,7 +18,8 @@ from fastcolor.ops.mean_field import (
     mode,
     probability_unary,
 )
-from fastcolor.ops.render import render
+from fastcolor.ops.render import luma_to_lightness, render, render_uv
+from fastcolor.yuv import YuvFormat
 
 __all__ = [
     "BackendError",
@@ -27,6 +28,7 @@ __all__ = [
     "Colorizer",
     "MeanField",
     "PRESETS",
+    "YuvFormat",
     "__version__",
     "annealed_mean",
     "color_cross_entropy",
@@ -35,10 +37,12 @@ __all__ = [
     "histogram_unary",
     "lab_to_rgb",
     "label_factors",
+    "luma_to_lightness",
     "mean_field",
     "mode",
     "probability_unary",
     "render",
+    "render_uv",
     "rgb_to_lab",
     "use_backend",
 ]

@@ -1,4 +1,6 @@
-"""Rendering: chroma and full-size lightness to RGB. The formulas are in fastcolor.reference.render."""
+"""Rendering: chroma and full-size lightness to RGB, or to the chroma planes of a video frame. The formulas are in
+fastcolor.reference.render, the kernels in fastcolor/kernels/*/render.*.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,82 @@ import torch
 from torch import Tensor
 
 from fastcolor.ops import _backend
-from fastcolor.ops.lab import lab_to_rgb
+from fastcolor.ops.lab import _FLOATS, _GAMUTS, _SAMPLES, _check_dtype
 from fastcolor.reference import render as reference
+from fastcolor.yuv import YuvFormat
 
-_STRIP = 1 << 20  # pixels handled at a time: bounds the memory, whatever the size of a scan
+for _name in ("render", "render_uv", "luma_to_lightness"):
+    _backend.offer(_name)
 
-_backend.offer("render")
+
+# --- the boundary that torch.compile sees; behind it are real tensors only --------------------------------------------
+
+
+def _launch_render(
+    ab: Tensor, guide: Tensor, L: Tensor, scale_y: float, scale_x: float, sigma_light: float, dtype: torch.dtype,
+    preserve_lightness: bool, channels_last: bool,
+) -> Tensor:  # fmt: skip
+    scale, gamut = (scale_y, scale_x), _GAMUTS[preserve_lightness]
+    return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last).contiguous()
+
+
+def _launch_render_uv(
+    ab: Tensor, guide: Tensor, luma: Tensor, scale_y: float, scale_x: float, sigma_light: float, subsampling: str,
+    bits: int, matrix: str, full_range: bool, primaries: str, chroma_location: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    yuv = YuvFormat(subsampling, bits, matrix, full_range, primaries, chroma_location)
+    return reference.render_uv(ab, guide, luma, (scale_y, scale_x), sigma_light, yuv)
+
+
+def _launch_luma_to_lightness(luma: Tensor, bits: int, full_range: bool) -> Tensor:
+    return reference.luma_to_lightness(luma, bits, full_range)
+
+
+def _fake_render(ab, guide, L, scale_y, scale_x, sigma_light, dtype, preserve_lightness, channels_last):
+    batch, _, height, width = L.shape
+    return L.new_empty((batch, height, width, 3) if channels_last else (batch, 3, height, width), dtype=dtype)
+
+
+def _fake_render_uv(
+    ab, guide, luma, scale_y, scale_x, sigma_light, subsampling, bits, matrix, full_range, primaries, chroma_location
+):
+    size = YuvFormat(subsampling).chroma_size(*luma.shape[2:])
+    return tuple(luma.new_empty(luma.shape[0], 1, *size) for _ in range(2))
+
+
+_library = torch.library.Library("fastcolor", "FRAGMENT")
+for _schema, _launch, _fake in (
+    (
+        "render(Tensor ab, Tensor guide, Tensor L, float scale_y, float scale_x, float sigma_light, ScalarType dtype, "
+        "bool preserve_lightness, bool channels_last) -> Tensor",
+        _launch_render,
+        _fake_render,
+    ),
+    (
+        "render_uv(Tensor ab, Tensor guide, Tensor luma, float scale_y, float scale_x, float sigma_light, "
+        "str subsampling, int bits, str matrix, bool full_range, str primaries, str chroma_location) "
+        "-> (Tensor, Tensor)",
+        _launch_render_uv,
+        _fake_render_uv,
+    ),
+    (
+        "luma_to_lightness(Tensor luma, int bits, bool full_range) -> Tensor",
+        _launch_luma_to_lightness,
+        lambda luma, bits, full_range: luma.new_empty(luma.shape, dtype=torch.float32),
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _launch, _device)
+    torch.library.register_fake(f"fastcolor::{_name}", _fake, lib=_library)
+
+_render = torch.ops.fastcolor.render.default
+_render_uv = torch.ops.fastcolor.render_uv.default
+_luma_to_lightness = torch.ops.fastcolor.luma_to_lightness.default
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
 
 
 def render(
@@ -37,39 +109,125 @@ def render(
         dtype: of the result; integers are rounded. gamut, channels_last: as of `lab_to_rgb`.
 
     Returns:
-        sRGB [B, 3, H, W], or [B, H, W, 3] with `channels_last`.
+        sRGB [B, 3, H, W], or [B, H, W, 3] with `channels_last`. Where a gradient is wanted of a floating result, and for
+        float64, the reference computes it; else the kernels, in float32.
 
     Raises:
-        ValueError: shapes that do not belong together, or an option out of range.
+        TypeError: `dtype` is another type. ValueError: shapes that do not belong together, or an option out of range.
     """
-    for name, tensor, count in (("ab", ab, 2), ("guide", guide, 1), ("L", L, 1)):
-        if tensor.ndim != 4 or tensor.shape[1] != count or not tensor.is_floating_point():
+    _check_planes(ab, guide, "L", L, sigma_light)
+    if not L.is_floating_point():
+        raise ValueError(f"L must be floating of shape [B, 1, H, W], got {L.dtype} {list(L.shape)}")
+    _check_dtype(dtype, (*_SAMPLES, *_FLOATS))
+    if gamut not in _GAMUTS:
+        raise ValueError(f"gamut must be one of {', '.join(_GAMUTS)}; got {gamut!r}")
+    scale = _scale(scale, ab, L)
+    if _on_reference("render", dtype, ab, guide, L):
+        return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last)
+    return _render(ab, guide, L, *scale, sigma_light, dtype, gamut == "preserve_lightness", channels_last)
+
+
+def render_uv(
+    ab: Tensor,  # [B, 2, h, w]
+    guide: Tensor,  # [B, 1, h, w]
+    luma: Tensor,  # [B, 1, H, W]
+    yuv: YuvFormat,
+    *,
+    scale: tuple[float, float] | None = None,
+    sigma_light: float = 8.0,
+) -> tuple[Tensor, Tensor]:
+    """The chroma planes that colour a video frame whose luma plane stays bit for bit as it is.
+
+    Chroma is brought to the places of the frame's chroma samples along the edges of its lightness, as in `render`. The
+    colour there has the a and b that were asked for and the luma that is there; where sRGB (or the format's primaries)
+    has no such colour, (Cb, Cr) is scaled towards grey.
+
+    Args:
+        ab: [B, 2, h, w] colours at low resolution.
+        guide: [B, 1, h, w] lightness at the same low resolution, in [0, 100].
+        luma: [B, 1, H, W], uint8 for 8 bits, else uint16; rows may lie apart, as decoders leave them.
+        yuv: the format of the planes.
+        scale: low-resolution pixels per luma sample, (vertical, horizontal); (h/H, w/W) if left out.
+        sigma_light: width in L units of the Gaussian of the lightness difference.
+
+    Returns:
+        U and V (Cb and Cr), [B, 1, ⌈H/down⌉, ⌈W/across⌉] each, of the type of `luma`. Not differentiable.
+
+    Raises:
+        TypeError: `luma` has not the type of the format. ValueError: shapes that do not belong together, or an option out
+        of range.
+    """
+    _check_planes(ab, guide, "luma", luma, sigma_light)
+    if luma.dtype != yuv.dtype:
+        raise TypeError(f"luma must be {yuv.dtype} for {yuv.bits} bits, got {luma.dtype}")
+    scale = _scale(scale, ab, luma)
+    if _on_reference("render_uv", luma.dtype, ab, guide, luma):
+        return reference.render_uv(ab, guide, luma, scale, sigma_light, yuv)
+    return _render_uv(
+        ab, guide, luma, *scale, sigma_light, yuv.subsampling, yuv.bits, yuv.matrix, yuv.full_range, yuv.primaries,
+        yuv.chroma_location,
+    )  # fmt: skip
+
+
+def luma_to_lightness(luma: Tensor, bits: int = 8, full_range: bool = True) -> Tensor:
+    """The lightness L of grey samples: of a luma plane, or of a grey picture (8 or 16 bits, full range).
+
+    Args:
+        luma: integers of any shape, uint8 for 8 bits, else uint16.
+        bits: of a sample, 8 to 16.
+        full_range: as of `YuvFormat`.
+
+    Returns:
+        L float32 in the shape of `luma`, in [0, 100]; samples below black and above white are clipped.
+
+    Raises:
+        TypeError: `luma` has not the type of its bits. ValueError: `bits` out of range.
+    """
+    dtype = YuvFormat(bits=bits).dtype
+    if not isinstance(luma, Tensor) or luma.dtype != dtype:
+        raise TypeError(f"luma must be {dtype} for {bits} bits, got {getattr(luma, 'dtype', type(luma).__name__)}")
+    if _on_reference("luma_to_lightness", luma.dtype, luma):
+        return reference.luma_to_lightness(luma, bits, full_range)
+    return _luma_to_lightness(luma, bits, full_range)
+
+
+def _on_reference(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """No op, so that torch.compile fuses the formulas with their neighbours and gradients flow."""
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return (
+        any(t.dtype == torch.float64 for t in tensors)
+        or dtype == torch.float64
+        or tensors[-1].device.type not in ("cpu", "cuda")
+        or (wants_gradient and dtype.is_floating_point)
+        or _backend.forced()[:1] == ("reference",)
+    )
+
+
+def _check_planes(ab: Tensor, guide: Tensor, name: str, full: Tensor, sigma_light: float) -> None:
+    for plane, tensor, count in (("ab", ab, 2), ("guide", guide, 1), (name, full, 1)):
+        low = tensor is not full
+        if tensor.ndim != 4 or tensor.shape[1] != count or (low and not tensor.is_floating_point()):
+            size = "h, w" if low else "H, W"
             raise ValueError(
-                f"{name} must be floating of shape [B, {count}, H, W], got {tensor.dtype} {list(tensor.shape)}"
+                f"{plane} must be {'floating ' if low else ''}of shape [B, {count}, {size}], "
+                f"got {tensor.dtype} {list(tensor.shape)}"
             )
-    if guide.shape[2:] != ab.shape[2:] or not ab.shape[0] == guide.shape[0] == L.shape[0]:
+    if guide.shape[2:] != ab.shape[2:] or not ab.shape[0] == guide.shape[0] == full.shape[0]:
         raise ValueError(
-            f"ab {list(ab.shape)}, guide {list(guide.shape)} and L {list(L.shape)} do not belong together: "
+            f"ab {list(ab.shape)}, guide {list(guide.shape)} and {name} {list(full.shape)} do not belong together: "
             "guide needs the size of ab, and all three the same batch"
         )
+    if not ab.device == guide.device == full.device:
+        raise ValueError(f"ab, guide and {name} must be on one device, got {ab.device}, {guide.device}, {full.device}")
     if not sigma_light > 0:
         raise ValueError(f"sigma_light must be positive, got {sigma_light}")
-    batch, _, height, width = L.shape
-    if min(ab.shape[2:]) == 0 and height * width:
+    if min(ab.shape[2:]) == 0 and full.numel():
         raise ValueError(f"ab must have at least one pixel, got {list(ab.shape)}")
-    scale = scale or (ab.shape[2] / max(1, height), ab.shape[3] / max(1, width))
-    _backend.choose("render", ab.device)  # raises where a backend was asked for that has no kernel
-    rgb = L.new_empty((batch, height, width, 3) if channels_last else (batch, 3, height, width), dtype=dtype)
-    rows = max(1, _STRIP // max(1, width))
-    for top in range(0, height, rows):
-        part = slice(top, min(top + rows, height))
-        for i in range(batch):
-            one = slice(i, i + 1)
-            light = L[one, :, part]
-            chroma = reference.upsample_chroma(ab[one], guide[one], light, scale, sigma_light, top)
-            lab = torch.cat((light.to(chroma.dtype), chroma), 1)
-            if channels_last:
-                rgb[i, part] = lab_to_rgb(lab[0].permute(1, 2, 0), channels_last=True, dtype=dtype, gamut=gamut)
-            else:
-                rgb[i, :, part] = lab_to_rgb(lab[0], dtype=dtype, gamut=gamut)
-    return rgb
+
+
+def _scale(scale: tuple[float, float] | None, ab: Tensor, full: Tensor) -> tuple[float, float]:
+    if scale is None:
+        return ab.shape[2] / max(1, full.shape[2]), ab.shape[3] / max(1, full.shape[3])
+    if len(scale) != 2 or not all(0 < s < float("inf") for s in scale):
+        raise ValueError(f"scale must be two positive numbers, got {scale}")
+    return float(scale[0]), float(scale[1])
