@@ -38,6 +38,7 @@ class ColorBins:
     def __init__(self, kind: str = "joint", centers: Tensor | Sequence[Sequence[float]] | None = None):
         if kind not in ("joint", "separable"):
             raise ValueError(f"kind must be 'joint' or 'separable', got {kind!r}")
+        own = centers is not None
         if centers is None:
             centers = _joint_centers() if kind == "joint" else [(v, v) for v in _SEPARABLE_AXIS]
         centers = torch.as_tensor(centers, dtype=torch.float64)
@@ -49,6 +50,7 @@ class ColorBins:
         if any(len(g.unique(dim=0)) != len(g) for g in groups):
             raise ValueError("centers must be distinct")
         self.kind = kind
+        self.own_centers = tuple(map(tuple, centers.tolist())) if own else None  # None: the published ones
         self._tables: dict[tuple[int, str], Tensor] = {}
         self.centers = centers  # [K, 2] float64 on the CPU; ask `centers_like` for another device or type
 
@@ -103,26 +105,26 @@ class ColorBins:
             centers = centers.to(flat.device, flat.dtype)
             points = flat if self.kind == "joint" else flat[:, axis : axis + 1]
             k = min(neighbors, len(centers))
-            candidates = self._candidates(k, flat.device) if self.kind == "joint" else None
+            candidates = self.candidates(k, flat.device) if self.kind == "joint" else None
             found = [_nearest(piece, centers, k, candidates) for piece in points.split(chunk)]
             parts.append([torch.cat(part).reshape(*ab.shape[:-1], k) for part in zip(*found, strict=True)])
         return torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
 
-    def _candidates(self, k: int, device: torch.device) -> Tensor:
+    def candidates(self, k: int, device: torch.device) -> Tensor:
         """For each cell of a grid over the ab plane, every label that can be among the k nearest of a colour in it:
         [cells, cells, M], in ascending order, padded with K. Exact: a label is left out only where k others are nearer
         to every point of the cell."""
         key = (k, str(device))
         if key not in self._tables:
-            low = _CELLS_FROM + _CELL * torch.arange(_CELLS, dtype=torch.float64)
+            low = CELLS_FROM + CELL * torch.arange(CELLS, dtype=torch.float64)
             corner = torch.stack(torch.meshgrid(low, low, indexing="ij"), -1).reshape(-1, 1, 2)  # [cells², 1, 2]
-            below, above = corner - self.centers, self.centers - corner - _CELL
+            below, above = corner - self.centers, self.centers - corner - CELL
             nearest = torch.maximum(below, above).clamp_min(0).square().sum(-1)  # [cells², K] to the closest point
             farthest = torch.maximum(-below, -above).square().sum(-1)  # and to the farthest
             keep = nearest <= farthest.kthvalue(k, dim=1).values[:, None] + 1e-6
             width = int(keep.sum(1).max())
             order = torch.where(keep, torch.arange(self.count), self.count).sort(1).values[:, :width]
-            self._tables[key] = order.reshape(_CELLS, _CELLS, width).to(device)
+            self._tables[key] = order.reshape(CELLS, CELLS, width).to(device)
         return self._tables[key]
 
     def histogram(self, ab: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class ColorBins:
 
 
 # The cells of the nearest-label table: all of sRGB and some more. Colours beyond are compared with every label.
-_CELL, _CELLS_FROM, _CELLS = 5.0, -130.0, 52
+CELL, CELLS_FROM, CELLS = 5.0, -130.0, 52
 
 
 def _nearest(points: Tensor, centers: Tensor, k: int, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -182,8 +184,8 @@ def _nearest(points: Tensor, centers: Tensor, k: int, candidates: Tensor | None)
         # differences, not |x|² − 2 x c + |c|²: nothing cancels
         squared, index = (points[:, None, :] - centers).square_().sum(-1).sort(dim=-1, stable=True)
         return index[:, :k], squared[:, :k]
-    cell = ((points - _CELLS_FROM) / _CELL).floor()
-    inside = ((cell >= 0) & (cell < _CELLS)).all(-1)  # false for nan
+    cell = ((points - CELLS_FROM) / CELL).floor()
+    inside = ((cell >= 0) & (cell < CELLS)).all(-1)  # false for nan
     cell = torch.where(inside[:, None], cell, 0).long()
     label = candidates[cell[:, 0], cell[:, 1]]  # [N, M]
     padded = torch.cat([centers, centers.new_full((1, 2), torch.inf)])
