@@ -147,22 +147,32 @@ class ColorBins:
         Returns:
             [K] float64 on the CPU.
         """
-        if prior.shape != (self.count,):
-            raise ValueError(f"prior must have shape [{self.count}], got {list(prior.shape)}")
         if not 0 <= mix <= 1:
             raise ValueError(f"mix must be between 0 and 1, got {mix}")
+        weights = []
+        smoothed = self.smoothed_prior(prior, sigma)
+        for place, _ in self.groups():
+            p = smoothed[place]
+            w = 1 / ((1 - mix) * p + mix / len(p)).clamp_min(1e-12)
+            weights.append(w / (w * p).sum())
+        return torch.cat(weights)
+
+    def smoothed_prior(self, prior: Tensor, sigma: float = 5.0) -> Tensor:
+        """p̃ of Zhang et al. 2016, section 2.2: the prior of each axis, normalized and spread over the label space by a
+        Gaussian of `sigma` ab units, each centre's kernel normalized. [K] float64 on the CPU."""
+        if prior.shape != (self.count,):
+            raise ValueError(f"prior must have shape [{self.count}], got {list(prior.shape)}")
         prior = prior.detach().double().cpu()
         if not (prior.isfinite().all() and (prior >= 0).all() and prior.sum() > 0):
             raise ValueError("prior must be finite, non-negative and not all zero")
-        weights = []
+        parts = []
         for place, centers in self.groups():
             p = prior[place] / prior[place].sum()
             if sigma > 0:
                 kernel = torch.exp(torch.cdist(centers, centers).square() / (-2 * sigma**2))
                 p = (kernel / kernel.sum(0)) @ p  # each column spreads one label's mass: the sum stays 1
-            w = 1 / ((1 - mix) * p + mix / len(p)).clamp_min(1e-12)
-            weights.append(w / (w * p).sum())
-        return torch.cat(weights)
+            parts.append(p)
+        return torch.cat(parts)
 
     def to_dict(self) -> dict:
         """What `from_dict` needs, in plain types: for checkpoints."""
