@@ -230,4 +230,4 @@ def soft_encode(bins: ColorBins, ab: Tensor, neighbors: int = 5, sigma: float = 
     # softmax of the exponents: the same normalized Gaussian, without 0 / 0 far outside the gamut
     return index, torch.softmax(squared / (-2 * sigma**2), dim=-1) if math.isfinite(
         sigma
-    ) else squared * 0 + 1 / neighbors
+    ) else squared * 0 + 1 / squared.shape[-1]

@@ -134,6 +134,12 @@ def test_threads_do_not_change_a_bit(last):
     assert all(torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1]) for loss, grad in results)
 
 
+@pytest.mark.parametrize("kind", SPACES)
+def test_a_flat_target(kind):
+    u, ab = problem(SPACES[kind], (1, 3, 5))
+    assert_close(*both(u, ab, bins=SPACES[kind], sigma=torch.inf, reduction="none"))
+
+
 def test_other_strides_and_factors():
     u, ab = problem(SPACES["joint"], (2, 6, 5))
     turned = u.transpose(2, 3).contiguous().transpose(2, 3)
