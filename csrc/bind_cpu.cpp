@@ -1,7 +1,9 @@
 // fastcolor._cpu: one line for each function. Tensors come as addresses, so that no torch is needed to build.
 #include <pybind11/pybind11.h>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/lab.h"
+#include "cpu/labels.h"
 #include "cpu/mean_field.h"
 #include "cpu/multiversion.h"
 
@@ -35,5 +37,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("mean_field", [](const Field& problem, Address marginals, Address colors, float temperature, Address ab, Address states) { cpu::mean_field(problem, at<void>(marginals), at<float>(colors), temperature, at<float>(ab), at<float>(states)); }, Free());
   m.def("mean_field_backward", [](const Field& problem, Address grad, Address states, Address grad_logits, Address grad_a, Address grad_b, Address grad_guide, Address grad_space, Address grad_sharpness, Address grad_prior) { cpu::mean_field_backward(problem, at<void>(grad), at<float>(states), {at<float>(grad_logits), at<float>(grad_a), at<float>(grad_b), at<float>(grad_guide), at<float>(grad_space), at<float>(grad_sharpness), at<float>(grad_prior)}); }, Free());
   m.def("mean_field_state_size", &cpu::mean_field_state_size);
+
+  using Tables = cpu::LabelTables;
+  py::class_<Tables>(m, "LabelTables").def(py::init([](int64_t axes, int64_t count, Address centers, int64_t side, int64_t width, float first, float size, Address cells, Address cell_labels) { return Tables{axes, count, at<float>(centers), side, width, first, size, at<float>(cells), at<int32_t>(cell_labels)}; }));
+  m.def("nearest_labels", [](const Tables& tables, Address ab, bool interleaved, int64_t images, int64_t pixels, int64_t k, Address index, Address squared, int threads) { cpu::nearest_labels(tables, at<float>(ab), interleaved, images, pixels, k, at<int64_t>(index), at<float>(squared), threads); }, Free());
+  m.def("label_histogram", [](const Tables& tables, Address ab, bool interleaved, int64_t images, int64_t pixels, Address counts, int threads) { cpu::label_histogram(tables, at<float>(ab), interleaved, images, pixels, at<int64_t>(counts), threads); }, Free());
+  m.def("cross_entropy", [](Address logits, int storage, bool labels_last, int64_t images, int64_t pixels, const Tables& tables, Address ab, Address weights, Address ignore, Address upstream, int64_t neighbors, float sharpness, bool mean, int threads, Address loss, Address losses, Address grad) { cpu::cross_entropy({at<void>(logits), fastcolor::Storage(storage), labels_last, images, pixels, tables, at<float>(ab), at<float>(weights), at<uint8_t>(ignore), at<float>(upstream), neighbors, sharpness, mean, threads}, at<float>(loss), at<float>(losses), at<void>(grad)); }, Free());
   m.def("exp2_of", [](Address x, Address out, int64_t n) { cpu::exp2_of(at<float>(x), at<float>(out), n); }, Free());
 }

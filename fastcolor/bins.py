@@ -38,6 +38,7 @@ class ColorBins:
     def __init__(self, kind: str = "joint", centers: Tensor | Sequence[Sequence[float]] | None = None):
         if kind not in ("joint", "separable"):
             raise ValueError(f"kind must be 'joint' or 'separable', got {kind!r}")
+        own = centers is not None
         if centers is None:
             centers = _joint_centers() if kind == "joint" else [(v, v) for v in _SEPARABLE_AXIS]
         centers = torch.as_tensor(centers, dtype=torch.float64)
@@ -49,6 +50,7 @@ class ColorBins:
         if any(len(g.unique(dim=0)) != len(g) for g in groups):
             raise ValueError("centers must be distinct")
         self.kind = kind
+        self.own_centers = tuple(map(tuple, centers.tolist())) if own else None  # None: the published ones
         self._tables: dict[tuple[int, str], Tensor] = {}
         self.centers = centers  # [K, 2] float64 on the CPU; ask `centers_like` for another device or type
 
@@ -103,26 +105,26 @@ class ColorBins:
             centers = centers.to(flat.device, flat.dtype)
             points = flat if self.kind == "joint" else flat[:, axis : axis + 1]
             k = min(neighbors, len(centers))
-            candidates = self._candidates(k, flat.device) if self.kind == "joint" else None
+            candidates = self.candidates(k, flat.device) if self.kind == "joint" else None
             found = [_nearest(piece, centers, k, candidates) for piece in points.split(chunk)]
             parts.append([torch.cat(part).reshape(*ab.shape[:-1], k) for part in zip(*found, strict=True)])
         return torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
 
-    def _candidates(self, k: int, device: torch.device) -> Tensor:
+    def candidates(self, k: int, device: torch.device) -> Tensor:
         """For each cell of a grid over the ab plane, every label that can be among the k nearest of a colour in it:
         [cells, cells, M], in ascending order, padded with K. Exact: a label is left out only where k others are nearer
         to every point of the cell."""
         key = (k, str(device))
         if key not in self._tables:
-            low = _CELLS_FROM + _CELL * torch.arange(_CELLS, dtype=torch.float64)
+            low = CELLS_FROM + CELL * torch.arange(CELLS, dtype=torch.float64)
             corner = torch.stack(torch.meshgrid(low, low, indexing="ij"), -1).reshape(-1, 1, 2)  # [cells², 1, 2]
-            below, above = corner - self.centers, self.centers - corner - _CELL
+            below, above = corner - self.centers, self.centers - corner - CELL
             nearest = torch.maximum(below, above).clamp_min(0).square().sum(-1)  # [cells², K] to the closest point
             farthest = torch.maximum(-below, -above).square().sum(-1)  # and to the farthest
             keep = nearest <= farthest.kthvalue(k, dim=1).values[:, None] + 1e-6
             width = int(keep.sum(1).max())
             order = torch.where(keep, torch.arange(self.count), self.count).sort(1).values[:, :width]
-            self._tables[key] = order.reshape(_CELLS, _CELLS, width).to(device)
+            self._tables[key] = order.reshape(CELLS, CELLS, width).to(device)
         return self._tables[key]
 
     def histogram(self, ab: Tensor) -> Tensor:
@@ -145,22 +147,32 @@ class ColorBins:
         Returns:
             [K] float64 on the CPU.
         """
-        if prior.shape != (self.count,):
-            raise ValueError(f"prior must have shape [{self.count}], got {list(prior.shape)}")
         if not 0 <= mix <= 1:
             raise ValueError(f"mix must be between 0 and 1, got {mix}")
+        weights = []
+        smoothed = self.smoothed_prior(prior, sigma)
+        for place, _ in self.groups():
+            p = smoothed[place]
+            w = 1 / ((1 - mix) * p + mix / len(p)).clamp_min(1e-12)
+            weights.append(w / (w * p).sum())
+        return torch.cat(weights)
+
+    def smoothed_prior(self, prior: Tensor, sigma: float = 5.0) -> Tensor:
+        """p̃ of Zhang et al. 2016, section 2.2: the prior of each axis, normalized and spread over the label space by a
+        Gaussian of `sigma` ab units, each centre's kernel normalized. [K] float64 on the CPU."""
+        if prior.shape != (self.count,):
+            raise ValueError(f"prior must have shape [{self.count}], got {list(prior.shape)}")
         prior = prior.detach().double().cpu()
         if not (prior.isfinite().all() and (prior >= 0).all() and prior.sum() > 0):
             raise ValueError("prior must be finite, non-negative and not all zero")
-        weights = []
+        parts = []
         for place, centers in self.groups():
             p = prior[place] / prior[place].sum()
             if sigma > 0:
                 kernel = torch.exp(torch.cdist(centers, centers).square() / (-2 * sigma**2))
                 p = (kernel / kernel.sum(0)) @ p  # each column spreads one label's mass: the sum stays 1
-            w = 1 / ((1 - mix) * p + mix / len(p)).clamp_min(1e-12)
-            weights.append(w / (w * p).sum())
-        return torch.cat(weights)
+            parts.append(p)
+        return torch.cat(parts)
 
     def to_dict(self) -> dict:
         """What `from_dict` needs, in plain types: for checkpoints."""
@@ -173,7 +185,7 @@ class ColorBins:
 
 
 # The cells of the nearest-label table: all of sRGB and some more. Colours beyond are compared with every label.
-_CELL, _CELLS_FROM, _CELLS = 5.0, -130.0, 52
+CELL, CELLS_FROM, CELLS = 5.0, -130.0, 52
 
 
 def _nearest(points: Tensor, centers: Tensor, k: int, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -182,8 +194,8 @@ def _nearest(points: Tensor, centers: Tensor, k: int, candidates: Tensor | None)
         # differences, not |x|² − 2 x c + |c|²: nothing cancels
         squared, index = (points[:, None, :] - centers).square_().sum(-1).sort(dim=-1, stable=True)
         return index[:, :k], squared[:, :k]
-    cell = ((points - _CELLS_FROM) / _CELL).floor()
-    inside = ((cell >= 0) & (cell < _CELLS)).all(-1)  # false for nan
+    cell = ((points - CELLS_FROM) / CELL).floor()
+    inside = ((cell >= 0) & (cell < CELLS)).all(-1)  # false for nan
     cell = torch.where(inside[:, None], cell, 0).long()
     label = candidates[cell[:, 0], cell[:, 1]]  # [N, M]
     padded = torch.cat([centers, centers.new_full((1, 2), torch.inf)])
@@ -218,4 +230,4 @@ def soft_encode(bins: ColorBins, ab: Tensor, neighbors: int = 5, sigma: float = 
     # softmax of the exponents: the same normalized Gaussian, without 0 / 0 far outside the gamut
     return index, torch.softmax(squared / (-2 * sigma**2), dim=-1) if math.isfinite(
         sigma
-    ) else squared * 0 + 1 / neighbors
+    ) else squared * 0 + 1 / squared.shape[-1]

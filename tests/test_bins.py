@@ -91,6 +91,9 @@ def test_smoothing_keeps_the_mass():
     bins = ColorBins()
     one = torch.zeros(313)
     one[150] = 1
+    smoothed = bins.smoothed_prior(one)
+    assert smoothed.sum().item() == pytest.approx(1) and smoothed.argmax() == 150 and smoothed[150] < 1
+    assert torch.equal(bins.smoothed_prior(one * 7, sigma=0), one.double())
     w = bins.rebalancing_weights(one, mix=0.5, sigma=5)
     assert w.argmin() == 150 and (w > 0).all()
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastcolor.bins import ColorBins
 from fastcolor.ops import _backend
+from fastcolor.ops.labels import tables
 from fastcolor.reference import cross_entropy as reference
 
 _REDUCTIONS = ("mean", "sum", "none")
 
-_backend.offer("color_cross_entropy")
+_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/common/storage.h
+_MOST_NEIGHBORS = 16  # of the kernels
+_JOINT = ColorBins()
+
+_backend.offer("color_cross_entropy", "cpp")
 
 
 def color_cross_entropy(
@@ -47,7 +53,7 @@ def color_cross_entropy(
     Raises:
         TypeError: a tensor of another type. ValueError: a shape or an option that does not fit; the message says which.
     """
-    bins = bins or ColorBins()
+    bins = bins or _JOINT
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"logits must be a floating tensor, got {getattr(logits, 'dtype', type(logits).__name__)}")
     if not isinstance(ab, Tensor) or not ab.is_floating_point():
@@ -67,5 +73,130 @@ def color_cross_entropy(
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
     if neighbors < 1 or not sigma > 0:
         raise ValueError(f"neighbors must be at least 1 and sigma positive, got {neighbors} and {sigma}")
-    _backend.choose("color_cross_entropy", logits.device)  # raises where a backend was asked for that has no kernel
-    return reference.color_cross_entropy(logits, ab, bins, weights, ignore, reduction, neighbors, sigma)
+    if _chosen(logits.device, _backend.forced()) == "reference" or _left_to_reference(logits, neighbors):
+        return reference.color_cross_entropy(logits, ab, bins, weights, ignore, reduction, neighbors, sigma)
+    count = min(neighbors, len(bins.centers)) if bins.kind == "joint" else 1
+    centers = None if bins.own_centers is None else [x for center in bins.own_centers for x in center]
+    fixed = (bins.kind, centers, count, 0.5 / sigma**2, reduction)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _CrossEntropy.apply(logits, ab, weights, ignore, *fixed)
+    return _cross_entropy(logits, ab, weights, ignore, *fixed, False)[0]
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
+    """The backend. A constant to torch.compile, which cannot trace the search; it guards on `forced`."""
+    return _backend.choose("color_cross_entropy", device).name
+
+
+def _left_to_reference(logits: Tensor, neighbors: int) -> bool:
+    """Whether kernels do not take this; an error where a backend was asked for."""
+    if logits.dtype == torch.float64:
+        why = "float64 is computed on the reference"
+    elif neighbors > _MOST_NEIGHBORS:
+        why = f"kernels take up to {_MOST_NEIGHBORS} neighbors, got {neighbors}"
+    else:
+        return False
+    wished = _backend.forced()
+    if wished and "reference" not in wished:
+        raise _backend.BackendError(f"color_cross_entropy cannot run on backend {wished[0]!r}: {why}")
+    return True
+
+
+def _labels_last(logits: Tensor) -> bool:
+    """Whether labels are side by side in memory; planes of pixels where both can be said, and where neither can."""
+    return not logits.is_contiguous() and logits.movedim(1, -1).is_contiguous()
+
+
+def _empty_like(logits: Tensor) -> Tensor:
+    batch, labels, height, width = logits.shape
+    if _labels_last(logits):
+        return logits.new_empty((batch, height, width, labels)).movedim(-1, 1)
+    return logits.new_empty(logits.shape)
+
+
+def _run(logits, ab, weights, ignore, upstream, kind, centers, neighbors, sharpness, mean, loss, losses, grad) -> None:
+    """The C++ kernel; its arguments are those of kernels/cpu/cross_entropy.h."""
+    last = _labels_last(logits)
+    read = logits if last else logits.contiguous()
+    own = None if centers is None else tuple(zip(centers[::2], centers[1::2], strict=True))
+    space = tables(kind, own, neighbors)
+    plain = [None if x is None else x.float().contiguous() for x in (ab, weights, upstream)]
+    mask = None if ignore is None else ignore.contiguous()
+    of_ab, of_weights, of_upstream, of_mask, of_loss, of_losses, of_grad = (
+        0 if x is None else x.data_ptr() for x in (*plain, mask, loss, losses, grad)
+    )
+    _backend.native("_cpu").cross_entropy(
+        read.data_ptr(), _STORAGE[logits.dtype], last, logits.shape[0], logits.shape[2] * logits.shape[3],
+        space.native, of_ab, of_weights, of_mask, of_upstream, neighbors, sharpness, mean, torch.get_num_threads(),
+        of_loss, of_losses, of_grad,
+    )  # fmt: skip
+
+
+def _launch(logits, ab, weights, ignore, kind, centers, neighbors, sharpness, reduction, keep):
+    result, grad = _fake(logits, ab, weights, ignore, kind, centers, neighbors, sharpness, reduction, keep)
+    each = reduction == "none"
+    _run(
+        logits, ab, weights, ignore, None, kind, centers, neighbors, sharpness, reduction == "mean",
+        None if each else result, result if each else None, grad if keep else None,
+    )  # fmt: skip
+    return result, grad
+
+
+def _fake(logits, ab, weights, ignore, kind, centers, neighbors, sharpness, reduction, keep):
+    shape = (logits.shape[0], *logits.shape[2:]) if reduction == "none" else ()
+    return logits.new_empty(shape, dtype=torch.float32), _empty_like(logits) if keep else logits.new_empty(0)
+
+
+def _launch_backward(upstream, logits, ab, weights, ignore, kind, centers, neighbors, sharpness):
+    grad = _empty_like(logits)
+    _run(logits, ab, weights, ignore, upstream, kind, centers, neighbors, sharpness, False, None, None, grad)
+    return grad
+
+
+_ARGUMENTS = (
+    "Tensor logits, Tensor ab, Tensor? weights, Tensor? ignore, str kind, float[]? centers, int neighbors, "
+    "float sharpness"
+)
+_library = torch.library.Library("fastcolor", "FRAGMENT")
+for _schema, _implementation, _meta in (
+    (f"color_cross_entropy({_ARGUMENTS}, str reduction, bool keep) -> (Tensor, Tensor)", _launch, _fake),
+    (
+        f"color_cross_entropy_backward(Tensor upstream, {_ARGUMENTS}) -> Tensor",
+        _launch_backward,
+        lambda upstream, logits, *_: _empty_like(logits),
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"fastcolor::{_name}", _meta, lib=_library)
+
+# Alone they drop gradients: callers go through the function above.
+_cross_entropy = torch.ops.fastcolor.color_cross_entropy.default
+_cross_entropy_backward = torch.ops.fastcolor.color_cross_entropy_backward.default
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """A scalar loss leaves its gradient in the forward. That of each pixel has factors which only the backward knows:
+    it reads the logits once more, where a product with a kept gradient would read and write as much as they are."""
+
+    @staticmethod
+    def forward(ctx, logits, ab, weights, ignore, *fixed):
+        each = fixed[-1] == "none"
+        loss, grad = _cross_entropy(logits, ab, weights, ignore, *fixed, not each)
+        ctx.fixed, ctx.each = fixed, each
+        ctx.save_for_backward(*((logits, ab, weights, ignore) if each else (grad,)))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        none = (None,) * (3 + len(ctx.fixed))
+        if ctx.each:
+            return _cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.fixed[:-1]), *none
+        (grad,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            return (grad * upstream).to(grad.dtype), *none  # a graph that is kept may be gone through again
+        # On the CPU a look at the factor is free, and a pass over the gradient is not: nearly always it is 1.
+        return grad if upstream.item() == 1 else grad.mul_(upstream), *none

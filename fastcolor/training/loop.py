@@ -30,6 +30,7 @@ from fastcolor.model.field import LEARNED, field_options, learnable_field, log_m
 from fastcolor.model.network import AB_SCALE, ColorNetwork, NetworkConfig, pool_to
 from fastcolor.ops.cross_entropy import color_cross_entropy
 from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
+from fastcolor.ops.labels import label_histogram
 from fastcolor.ops.mean_field import annealed_mean
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import (
@@ -290,7 +291,7 @@ class Run:
         for rgb, failed in self.prior_loader:
             self._note(failed)
             _, ab = split_lab(rgb, self.network.stride)
-            counts += self.bins.histogram(ab.movedim(1, -1))
+            counts += label_histogram(ab.movedim(1, -1), self.bins)
             self.reporter.advance(len(rgb))
         for place, _ in self.bins.groups():
             counts[place] /= counts[place].sum()

@@ -10,10 +10,8 @@
 
 #include "common/lab_math.h"
 #include "cpu/multiversion.h"
+#include "cpu/vectors.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #if FC_HAS_MULTIVERSION
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of _mm512_undefined_ps in the header of GCC 12
@@ -22,8 +20,6 @@
 namespace fastcolor::cpu {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504088896f;
 constexpr int64_t kLarge = 1 << 22;
 constexpr int64_t kColumns = 16;  // rows are cut between threads, and padded, in units of the widest vector
 
@@ -104,20 +100,6 @@ struct Scratch {
   float* pair_sums;         // [O + 1, lanes] of a run of pixels
   double* grad_pairs;       // [O + 1] dL/dw / w · space of each offset, and dL/dsharpness
   float *grad_a, *grad_b;   // tables
-};
-
-// Bits of 2^(j / kSteps), less what j adds to them when n = kSteps · integer + j is shifted into the exponent. Filled
-// here, where no code for another instruction set can come in.
-template <int kSteps>
-struct Powers {
-  alignas(64) uint32_t bits[kSteps];
-  Powers() {
-    for (int j = 0; j < kSteps; ++j) {
-      const float power = float(std::exp2(j / double(kSteps)));
-      memcpy(bits + j, &power, sizeof power);
-      bits[j] -= uint32_t(j) * (uint32_t(1 << 23) / kSteps);
-    }
-  }
 };
 
 using RowFunction = void (*)(const Job&, const Image&, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch&);
@@ -216,17 +198,6 @@ int64_t margin_of(const MeanFieldProblem& p) {
 int64_t stride_of(const MeanFieldProblem& p) { return round_up(p.width + 2 * margin_of(p) + kColumns, kColumns); }
 
 int64_t bytes_of(Storage storage) { return storage == Storage::kFloat32 ? 4 : 2; }
-
-// Fresh memory costs a page fault every 4 KB, for a large result as much as the field itself: 60 ms for 160 MB. Huge
-// pages make that 15.
-void expect_writes([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + uintptr_t(bytes)) / kHuge * kHuge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-}
 
 // Memory that is written before it is read, from the start of a cache line.
 class Buffer {
