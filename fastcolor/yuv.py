@@ -31,8 +31,8 @@ class YuvFormat:
     full_range: black at 0 and white at 2^bits − 1; else at 16 and 235, chroma from 16 to 240, times 2^(bits − 8).
     primaries: "bt709" (those of sRGB too) or "bt2020".
     chroma_location: where the samples of subsampled chroma lie: "left" (on the luma samples of even columns, between
-        the rows: MPEG-2, H.264 and HEVC where nothing else is said), "center" (between four luma samples: JPEG, MPEG-1),
-        or "topleft" (on the luma samples of even columns and rows: BT.2020).
+        the rows: MPEG-2, H.264 and HEVC where nothing else is said), "center" (between four luma samples: JPEG,
+        MPEG-1), or "topleft" (on the luma samples of even columns and rows: BT.2020).
 
     R', G', B' are taken as sRGB-encoded, whatever the matrix, as players and image tools do.
 

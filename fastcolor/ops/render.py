@@ -92,7 +92,7 @@ def render(
     L: Tensor,  # [B, 1, H, W]
     *,
     scale: tuple[float, float] | None = None,
-    sigma_light: float = 8.0,
+    sigma_light: float = 3.0,
     dtype: torch.dtype = torch.uint8,
     gamut: str = "preserve_lightness",
     channels_last: bool = False,
@@ -109,8 +109,8 @@ def render(
         dtype: of the result; integers are rounded. gamut, channels_last: as of `lab_to_rgb`.
 
     Returns:
-        sRGB [B, 3, H, W], or [B, H, W, 3] with `channels_last`. Where a gradient is wanted of a floating result, and for
-        float64, the reference computes it; else the kernels, in float32.
+        sRGB [B, 3, H, W], or [B, H, W, 3] with `channels_last`. The reference computes it for float64, and where a
+        gradient is wanted of a floating result; else the kernels do, in float32.
 
     Raises:
         TypeError: `dtype` is another type. ValueError: shapes that do not belong together, or an option out of range.
@@ -134,7 +134,7 @@ def render_uv(
     yuv: YuvFormat,
     *,
     scale: tuple[float, float] | None = None,
-    sigma_light: float = 8.0,
+    sigma_light: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
     """The chroma planes that colour a video frame whose luma plane stays bit for bit as it is.
 
@@ -154,8 +154,8 @@ def render_uv(
         U and V (Cb and Cr), [B, 1, ⌈H/down⌉, ⌈W/across⌉] each, of the type of `luma`. Not differentiable.
 
     Raises:
-        TypeError: `luma` has not the type of the format. ValueError: shapes that do not belong together, or an option out
-        of range.
+        TypeError: `luma` has not the type of the format. ValueError: shapes that do not belong together, or an option
+        out of range.
     """
     _check_planes(ab, guide, "luma", luma, sigma_light)
     if luma.dtype != yuv.dtype:

@@ -55,8 +55,7 @@ inline void lab_run_to_linear(Run& run, int64_t n) {
   }
 }
 
-inline bool any_outside(const Run& run, int64_t n) {
-  const float *L = run.c[0], *a = run.c[1], *b = run.c[2];
+inline bool any_outside(const float* L, const float* a, const float* b, int64_t n) {
   int outside = 0;  // not the largest excess: a maximum of floats does not vectorize without -ffast-math
 #pragma omp simd reduction(+ : outside)
   for (int64_t i = 0; i < n; ++i) {
@@ -65,8 +64,7 @@ inline bool any_outside(const Run& run, int64_t n) {
   return outside != 0;
 }
 
-inline void scale_into_gamut(Run& run, int64_t n) {
-  float *L = run.c[0], *a = run.c[1], *b = run.c[2];
+inline void scale_into_gamut(const float* L, float* a, float* b, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float t = gamut_scale(L[i], a[i], b[i]);
@@ -74,9 +72,14 @@ inline void scale_into_gamut(Run& run, int64_t n) {
   }
 }
 
-// Bisection costs some thirty times a conversion: runs that are wholly inside, as most are, go without.
+// Bisection costs some thirty times a conversion: pieces that are wholly inside, as most are, go without.
 inline void preserve(Run& run, int64_t n) {
-  if (any_outside(run, n)) scale_into_gamut(run, n);
+  constexpr int64_t kPiece = 32;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    float *L = run.c[0] + i, *a = run.c[1] + i, *b = run.c[2] + i;
+    const int64_t m = n - i < kPiece ? n - i : kPiece;
+    if (any_outside(L, a, b, m)) scale_into_gamut(L, a, b, m);
+  }
 }
 
 inline void rgb_to_lab_gradient(const Run& rgb, Run& grad, int64_t n) {

@@ -76,6 +76,41 @@ def test_reference_is_scikit_image():
     assert largest_error(reference.lab_to_rgb(lab, channels_last=True), back) < 1e-10
 
 
+# RGB and Lab of colour bars by Bruce Lindbloom's calculator (D65, sRGB), to 4 digits, from scikit-image's
+# tests/color/test_colorconv.py: its constants differ from ours in the fourth, hence its own tolerance of two decimals.
+COLOR_BARS = {
+    (1, 1, 1): (100, 0, 0), (1, 1, 0): (97.1393, -21.5537, 94.4780), (0, 1, 1): (91.1132, -48.0875, -14.1312),
+    (0, 1, 0): (87.7347, -86.1827, 83.1793), (1, 0, 1): (60.3242, 98.2343, -60.8249),
+    (1, 0, 0): (53.2408, 80.0925, 67.2032), (0, 0, 1): (32.2970, 79.1875, -107.8602), (0, 0, 0): (0, 0, 0),
+}  # fmt: skip
+# The first row of test_unit in kornia's tests/color/test_lab.py, both ways; made with scikit-image.
+KORNIA_RGB = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.69396782, 0.79009938, 0.84317145),
+              (0.63581685, 0.91742945, 0.59529881), (0.09902618, 0.60044175, 0.15297393))  # fmt: skip
+KORNIA_RGB_IN_LAB = ((0.0, 0.0, 0.0), (100.0, -0.002454937, 0.00465342), (79.75208576, -5.40909568, -9.49591204),
+                     (86.38913217, -37.74958445, 32.9931831), (55.25164186, -55.02172792, 47.80929165))  # fmt: skip
+KORNIA_LAB = ((50.21928787, 65.81327057, -69.53346252), (23.29810143, -3.69859719, -73.34986877),
+              (14.98279190, 0.16971001, -11.47461891), (62.50927353, 14.86583614, 66.73863220),
+              (72.78904724, -65.54960632, 70.43983459))  # fmt: skip
+KORNIA_LAB_IN_RGB = ((0.63513142, 0.28210726, 0.94172458), (0.0, 0.26080003, 0.66390044),
+                     (0.10660624, 0.15027717, 0.21043296), (0.79048697, 0.54540429, 0.02453515),
+                     (0.26823414, 0.80323837, 0.04169043))  # fmt: skip
+
+
+@every_simd
+@both
+def test_values_that_peers_publish(backend):
+    def rows(values):
+        return torch.tensor([list(v) for v in values], dtype=torch.float32)[:, None]  # [n, 1, 3]
+
+    with fastcolor.use_backend(backend.name):
+        bars = fastcolor.rgb_to_lab(rows(COLOR_BARS), channels_last=True)
+        lab = fastcolor.rgb_to_lab(rows(KORNIA_RGB), channels_last=True)
+        rgb = fastcolor.lab_to_rgb(rows(KORNIA_LAB), channels_last=True)
+    assert largest_error(bars, rows(COLOR_BARS.values())) < 1.5e-2
+    assert largest_error(lab, rows(KORNIA_RGB_IN_LAB)) < 1e-3
+    assert largest_error(rgb, rows(KORNIA_LAB_IN_RGB)) < 1e-5
+
+
 @every_simd
 @both
 @pytest.mark.parametrize("layout", ["planar", "interleaved", "strided"])

@@ -31,7 +31,7 @@ def naive(ab, guide, L, scale, sigma):
                 for j in range(round(u) - 1, round(u) + 2):
                     k, m = min(max(i, 0), h - 1), min(max(j, 0), w - 1)
                     near = math.exp(-((guide[k, m] - L[y, x]).item() ** 2) / (2 * sigma**2)) + FLOOR
-                    weight = near * max(0, 1.5 - abs(v - i)) * max(0, 1.5 - abs(u - j))
+                    weight = near * max(0, 1 - abs(v - i)) * max(0, 1 - abs(u - j))
                     result[:, y, x] += weight * ab[:, k, m]
                     total += weight
             result[:, y, x] /= total
