@@ -5,6 +5,7 @@ from fastcolor.bins import ColorBins
 from fastcolor.model.colorizer import ColorizeOptions, Colorizer
 from fastcolor.ops._backend import BackendError, use_backend
 from fastcolor.ops.cross_entropy import color_cross_entropy
+from fastcolor.ops.head_cross_entropy import head_cross_entropy
 from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
 from fastcolor.ops.mean_field import (
     PRESETS,
@@ -33,6 +34,7 @@ __all__ = [
     "annealed_mean",
     "color_cross_entropy",
     "entropy",
+    "head_cross_entropy",
     "hint_unary",
     "histogram_unary",
     "lab_to_rgb",

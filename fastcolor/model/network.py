@@ -77,9 +77,25 @@ class ColorNetwork(nn.Module):
 
     def forward_with_classes(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
         """The colour output, and the class scores [B, classes] where the network has a classifier."""
+        x, scores = self._features(L)
+        x = self.head(x)
+        if self.config.head == "regression":
+            x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False) * AB_SCALE
+        return self._cut(x, L), scores
+
+    def features(self, L: Tensor) -> Tensor:
+        """What the last layer of the distribution head sees, [B, 64, ⌈H/4⌉, ⌈W/4⌉]: for `head_cross_entropy`."""
+        if self.config.head != "distribution":
+            raise ValueError(f"features are those of the distribution head, this network has {self.config.head!r}")
+        return self._cut(self._features(L)[0], L)
+
+    def _cut(self, x: Tensor, L: Tensor) -> Tensor:
+        return x[..., : -(-L.shape[-2] // self.stride), : -(-L.shape[-1] // self.stride)]
+
+    def _features(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, 64, H/4, W/4] of the padded picture, and the class scores."""
         if L.ndim != 4 or L.shape[1] != 1:
             raise ValueError(f"L must have shape [B, 1, H, W], got {list(L.shape)}")
-        height, width = L.shape[-2:]
         mid = self.backbone.mid_level(pad_to_multiple(normalize_lightness(L), 8))  # [B, 128, H/8, W/8]
         x, scores = self.fuse_mid(mid), None
         if self.fuse_global is not None or self.backbone.fc is not None:
@@ -89,11 +105,8 @@ class ColorNetwork(nn.Module):
             if self.backbone.fc is not None:
                 scores = self.backbone.fc(features)
         x = self.color1(F.relu(self.fuse_norm(x)))
-        x = self.color3(self.color2(F.interpolate(x, scale_factor=2.0, mode="nearest")))  # [B, 64, H/4, W/4]
-        x = self.head(x)
-        if self.config.head == "regression":
-            x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False) * AB_SCALE
-        return x[..., : -(-height // self.stride), : -(-width // self.stride)], scores
+        x = self.color3(self.color2(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        return x, scores
 
 
 def _conv_bn_relu(inputs: int, outputs: int) -> nn.Sequential:

@@ -75,12 +75,17 @@ def color_cross_entropy(
         raise ValueError(f"neighbors must be at least 1 and sigma positive, got {neighbors} and {sigma}")
     if _chosen(logits.device, _backend.forced()) == "reference" or _left_to_reference(logits, neighbors):
         return reference.color_cross_entropy(logits, ab, bins, weights, ignore, reduction, neighbors, sigma)
-    count = min(neighbors, len(bins.centers)) if bins.kind == "joint" else 1
-    centers = None if bins.own_centers is None else [x for center in bins.own_centers for x in center]
-    fixed = (bins.kind, centers, count, 0.5 / sigma**2, reduction)
+    fixed = (*kernel_options(bins, neighbors, sigma), reduction)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, ab, weights, ignore, *fixed)
     return _cross_entropy(logits, ab, weights, ignore, *fixed, False)[0]
+
+
+def kernel_options(bins: ColorBins, neighbors: int, sigma: float) -> tuple:
+    """(kind, centers, neighbors, sharpness) of the operations below."""
+    count = min(neighbors, len(bins.centers)) if bins.kind == "joint" else 1
+    centers = None if bins.own_centers is None else [x for center in bins.own_centers for x in center]
+    return bins.kind, centers, count, 0.5 / sigma**2
 
 
 @torch.compiler.assume_constant_result

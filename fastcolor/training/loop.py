@@ -29,6 +29,7 @@ from fastcolor.model.device import choose_device
 from fastcolor.model.field import LEARNED, field_options, learnable_field, log_marginals
 from fastcolor.model.network import AB_SCALE, ColorNetwork, NetworkConfig, pool_to
 from fastcolor.ops.cross_entropy import color_cross_entropy
+from fastcolor.ops.head_cross_entropy import head_cross_entropy
 from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
 from fastcolor.ops.labels import label_histogram
 from fastcolor.ops.mean_field import annealed_mean
@@ -194,6 +195,16 @@ class Run:
 
     # --- one step, one epoch -------------------------------------------------------------------------------------
 
+    def training_loss(self, rgb: Tensor) -> Tensor:
+        """`loss` without the output: where nothing else wants the logits, they never exist all at once."""
+        if self.bins is None or self.field is not None:
+            return self.loss(rgb)[0]
+        L, ab = split_lab(rgb.to(self.device, non_blocking=True), self.network.stride)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            features = self.network.features(L.contiguous(memory_format=torch.channels_last))
+        head = self.network.head
+        return head_cross_entropy(features, head.weight, head.bias, ab, bins=self.bins, weights=self.weights)
+
     def loss(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch of crops, and the network's output: with a field, the logarithm of its marginals."""
         L, ab = split_lab(rgb.to(self.device, non_blocking=True), self.network.stride)
@@ -217,7 +228,7 @@ class Run:
             rate = self.learning_rate(progress.epoch * self.steps_per_epoch + progress.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("scale", 1.0)
-            loss, _ = self.loss(rgb)
+            loss = self.training_loss(rgb)
             value = loss.item()
             if not math.isfinite(value):
                 raise TrainingError(
