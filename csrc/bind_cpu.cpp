@@ -6,6 +6,7 @@
 #include "cpu/labels.h"
 #include "cpu/mean_field.h"
 #include "cpu/multiversion.h"
+#include "cpu/render.h"
 
 namespace py = pybind11;
 namespace cpu = fastcolor::cpu;
@@ -44,4 +45,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("label_histogram", [](const Tables& tables, Address ab, bool interleaved, int64_t images, int64_t pixels, Address counts, int threads) { cpu::label_histogram(tables, at<float>(ab), interleaved, images, pixels, at<int64_t>(counts), threads); }, Free());
   m.def("cross_entropy", [](Address logits, int storage, bool labels_last, int64_t images, int64_t pixels, const Tables& tables, Address ab, Address weights, Address ignore, Address upstream, int64_t neighbors, float sharpness, bool mean, int threads, Address loss, Address losses, Address grad) { cpu::cross_entropy({at<void>(logits), fastcolor::Storage(storage), labels_last, images, pixels, tables, at<float>(ab), at<float>(weights), at<uint8_t>(ignore), at<float>(upstream), neighbors, sharpness, mean, threads}, at<float>(loss), at<float>(losses), at<void>(grad)); }, Free());
   m.def("exp2_of", [](Address x, Address out, int64_t n) { cpu::exp2_of(at<float>(x), at<float>(out), n); }, Free());
+
+  using Scene = cpu::RenderProblem;
+  py::class_<Scene>(m, "RenderProblem").def(py::init([](Address ab, Address guide, int64_t batch, int64_t low_height, int64_t low_width, int64_t height, int64_t width, Address rows_at, Address rows_beyond, Address columns_at, Address columns_beyond, float sharpness, float floor, int threads) { return Scene{at<float>(ab), at<float>(guide), batch, low_height, low_width, height, width, {at<int32_t>(rows_at), at<float>(rows_beyond)}, {at<int32_t>(columns_at), at<float>(columns_beyond)}, sharpness, floor, threads}; }));
+  m.def("render", [](const Scene& scene, Address L, Address rgb, int sample, bool interleaved, bool preserve_lightness) { cpu::render(scene, at<float>(L), at<void>(rgb), fastcolor::Sample(sample), interleaved, preserve_lightness); }, Free());
+  m.def("render_uv", [](const Scene& scene, int64_t down, int64_t across, bool cosited_down, bool cosited_across, int bits, float black, float luma_span, float chroma_span, float red, float blue, Address xyz_to_rgb, Address luma, int64_t luma_height, int64_t luma_width, int64_t row, int64_t image, Address u, Address v) { cpu::render_uv(scene, {down, across, cosited_down, cosited_across, bits, black, luma_span, chroma_span, red, blue, at<float>(xyz_to_rgb)}, at<void>(luma), luma_height, luma_width, row, image, at<void>(u), at<void>(v)); }, Free());
+  m.def("look_up", [](Address samples, bool wide, Address table, Address out, int64_t n, int threads) { cpu::look_up(at<void>(samples), wide, at<float>(table), at<float>(out), n, threads); }, Free());
+  m.def("render_exp2", [](Address x, Address out, int64_t n) { cpu::render_exp2(at<float>(x), at<float>(out), n); }, Free());
 }

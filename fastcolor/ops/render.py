@@ -4,16 +4,20 @@ fastcolor.reference.render, the kernels in fastcolor/kernels/*/render.*.
 
 from __future__ import annotations
 
+import math
+from functools import cache, lru_cache
+
 import torch
 from torch import Tensor
 
+from fastcolor.kernels.memory import float32
 from fastcolor.ops import _backend
 from fastcolor.ops.lab import _FLOATS, _GAMUTS, _SAMPLES, _check_dtype
 from fastcolor.reference import render as reference
 from fastcolor.yuv import YuvFormat
 
 for _name in ("render", "render_uv", "luma_to_lightness"):
-    _backend.offer(_name)
+    _backend.offer(_name, "cpp")
 
 
 # --- the boundary that torch.compile sees; behind it are real tensors only --------------------------------------------
@@ -23,8 +27,31 @@ def _launch_render(
     ab: Tensor, guide: Tensor, L: Tensor, scale_y: float, scale_x: float, sigma_light: float, dtype: torch.dtype,
     preserve_lightness: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
-    scale, gamut = (scale_y, scale_x), _GAMUTS[preserve_lightness]
-    return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last).contiguous()
+    scale = scale_y, scale_x
+    if _backend.choose("render", L.device).name == "reference":
+        gamut = _GAMUTS[preserve_lightness]
+        return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last).contiguous()
+    rgb = _fake_render(ab, guide, L, *scale, sigma_light, dtype, preserve_lightness, channels_last)
+    out = rgb if dtype in _SAMPLES or dtype == torch.float32 else rgb.float()
+    light = float32(L).contiguous()
+    scene, kept = _scene(ab, guide, L.shape[2:], scale, sigma_light, (1, 1), (True, True))
+    _backend.native("_cpu").render(
+        scene, light.data_ptr(), out.data_ptr(), _SAMPLES.get(dtype, 2), channels_last, preserve_lightness
+    )
+    del kept
+    return out.to(dtype)
+
+
+def _scene(ab, guide, size, scale, sigma_light, steps, cosited):
+    """RenderProblem of kernels/cpu/render.h, and the tensors that it points to."""
+    kept = [float32(ab).contiguous(), float32(guide).contiguous()]
+    for n, s, step, on in zip(size, scale, steps, cosited, strict=True):
+        kept += _places(n, s, step, 0.5 if on else step / 2)
+    scene = _backend.native("_cpu").RenderProblem(
+        *(x.data_ptr() for x in kept[:2]), ab.shape[0], *ab.shape[2:], *size, *(x.data_ptr() for x in kept[2:]),
+        0.5 * math.log2(math.e) / sigma_light**2, reference.FLOOR, torch.get_num_threads(),
+    )  # fmt: skip
+    return scene, kept
 
 
 def _launch_render_uv(
@@ -32,11 +59,49 @@ def _launch_render_uv(
     bits: int, matrix: str, full_range: bool, primaries: str, chroma_location: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     yuv = YuvFormat(subsampling, bits, matrix, full_range, primaries, chroma_location)
-    return reference.render_uv(ab, guide, luma, (scale_y, scale_x), sigma_light, yuv)
+    scale = scale_y, scale_x
+    if _backend.choose("render_uv", luma.device).name == "reference":
+        return reference.render_uv(ab, guide, luma, scale, sigma_light, yuv)
+    height, width = luma.shape[2:]
+    size = yuv.chroma_size(height, width)
+    u, v = (luma.new_empty(luma.shape[0], 1, *size) for _ in range(2))
+    if luma.numel() == 0:
+        return u, v
+    planes = luma if luma.stride(3) == 1 else luma.contiguous()
+    scene, kept = _scene(ab, guide, size, scale, sigma_light, yuv.steps, yuv.cosited)
+    matrix = torch.tensor(yuv.xyz_to_rgb, dtype=torch.float32)
+    red, _, blue = yuv.luma_weights
+    _backend.native("_cpu").render_uv(
+        scene, *yuv.steps, *yuv.cosited, yuv.bits, yuv.black, yuv.luma_span, yuv.chroma_span, red, blue,
+        matrix.data_ptr(), planes.data_ptr(), height, width, planes.stride(2), planes.stride(0), u.data_ptr(),
+        v.data_ptr(),
+    )  # fmt: skip
+    del kept
+    return u, v
 
 
 def _launch_luma_to_lightness(luma: Tensor, bits: int, full_range: bool) -> Tensor:
-    return reference.luma_to_lightness(luma, bits, full_range)
+    if _backend.choose("luma_to_lightness", luma.device).name == "reference":
+        return reference.luma_to_lightness(luma, bits, full_range)
+    samples, table = luma.contiguous(), _lightness_table(bits, full_range)
+    L = luma.new_empty(luma.shape, dtype=torch.float32)
+    _backend.native("_cpu").look_up(
+        samples.data_ptr(), bits > 8, table.data_ptr(), L.data_ptr(), L.numel(), torch.get_num_threads()
+    )
+    return L
+
+
+@lru_cache(maxsize=64)
+def _places(size: int, scale: float, step: int, offset: float) -> tuple[Tensor, Tensor]:
+    at, beyond = reference.nearest_low(size, scale, step, offset, torch.device("cpu"))
+    return at, beyond.float()
+
+
+@cache
+def _lightness_table(bits: int, full_range: bool) -> Tensor:
+    """[256 or 65536]: every value that a sample may have, also beyond its bits."""
+    every = torch.arange(256 if bits == 8 else 65536)
+    return reference.luma_to_lightness(every, bits, full_range, torch.float64).float()
 
 
 def _fake_render(ab, guide, L, scale_y, scale_x, sigma_light, dtype, preserve_lightness, channels_last):

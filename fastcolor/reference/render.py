@@ -4,8 +4,6 @@ chroma planes of a video frame.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,7 +57,6 @@ def upsample_chroma(
     return total / weights
 
 
-@lru_cache(maxsize=64)
 def nearest_low(size: int, scale: float, step: int, offset: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the places k · step + offset, k = 0 .. size − 1, in units of full-resolution pixels, lie on the
     low-resolution grid: the nearest of its positions [size] int32, which may be outside, and how far beyond

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/lab_math.h"
+#include "cpu/lab_kernels.h"
 #include "cpu/multiversion.h"
 #include "cpu/runs.h"
 
@@ -28,25 +29,6 @@ void load_bytes(const View<const uint8_t>& in, Run& run, int64_t n) {
   copy_in(in, run.c, n, [&](uint8_t v) { return table[v]; });
 }
 
-// The functions of lab_body.h.
-struct Kernels {
-  void (*load_words)(const View<const uint16_t>&, Run&, int64_t);
-  void (*load_floats)(const View<const float>&, Run&, int64_t);
-  void (*store_floats)(const Run&, const View<float>&, int64_t);
-  void (*store_bytes)(const Run&, const View<uint8_t>&, int64_t);
-  void (*store_words)(const Run&, const View<uint16_t>&, int64_t);
-  void (*decode_srgb)(Run&, int64_t);
-  void (*encode_srgb)(Run&, int64_t);
-  void (*linear_run_to_lab)(Run&, int64_t);
-  void (*lab_run_to_linear)(Run&, int64_t);
-  void (*preserve)(Run&, int64_t);
-  void (*rgb_to_lab_gradient)(const Run&, Run&, int64_t);
-  void (*clip_gradient)(const Run&, Run&, int64_t);
-  void (*preserve_gradient)(const Run&, Run&, int64_t);
-  void (*inverse_cbrt)(const float*, float*, int64_t);
-  void (*power)(const float*, float, float*, int64_t);
-};
-
 namespace baseline {
 #include "cpu/lab_body.h"
 }  // namespace baseline
@@ -67,7 +49,9 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-const Kernels& kernels() {
+}  // namespace
+
+const LabKernels& lab_kernels() {
 #if FC_HAS_MULTIVERSION
   if (simd() == Simd::kAvx512) return avx512::kKernels;
   if (simd() == Simd::kAvx2) return avx2::kKernels;
@@ -75,11 +59,9 @@ const Kernels& kernels() {
   return baseline::kKernels;
 }
 
-}  // namespace
-
 void rgb_to_lab(const void* rgb, Sample sample, bool rgb_interleaved, float* lab, bool lab_interleaved, int64_t images,
                 int64_t pixels, int threads) {
-  const Kernels& k = kernels();
+  const LabKernels& k = lab_kernels();
   for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
     Run run;
     switch (sample) {
@@ -101,7 +83,7 @@ void rgb_to_lab(const void* rgb, Sample sample, bool rgb_interleaved, float* lab
 
 void rgb_to_lab_backward(const float* grad_lab, bool grad_lab_interleaved, const float* rgb, bool rgb_interleaved,
                          float* grad_rgb, bool grad_rgb_interleaved, int64_t images, int64_t pixels, int threads) {
-  const Kernels& k = kernels();
+  const LabKernels& k = lab_kernels();
   for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
     Run c, grad;
     k.load_floats(view(rgb, rgb_interleaved, image, pixels, start), c, n);
@@ -113,7 +95,7 @@ void rgb_to_lab_backward(const float* grad_lab, bool grad_lab_interleaved, const
 
 void lab_to_rgb(const float* lab, bool lab_interleaved, void* rgb, Sample sample, bool rgb_interleaved,
                 bool preserve_lightness, int64_t images, int64_t pixels, int threads) {
-  const Kernels& k = kernels();
+  const LabKernels& k = lab_kernels();
   for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
     Run run;
     k.load_floats(view(lab, lab_interleaved, image, pixels, start), run, n);
@@ -137,7 +119,7 @@ void lab_to_rgb(const float* lab, bool lab_interleaved, void* rgb, Sample sample
 void lab_to_rgb_backward(const float* grad_rgb, bool grad_rgb_interleaved, const float* lab, bool lab_interleaved,
                          float* grad_lab, bool grad_lab_interleaved, bool preserve_lightness, int64_t images,
                          int64_t pixels, int threads) {
-  const Kernels& k = kernels();
+  const LabKernels& k = lab_kernels();
   for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
     Run c, grad;
     k.load_floats(view(lab, lab_interleaved, image, pixels, start), c, n);
@@ -147,8 +129,8 @@ void lab_to_rgb_backward(const float* grad_rgb, bool grad_rgb_interleaved, const
   });
 }
 
-void inverse_cbrt(const float* x, float* out, int64_t n) { kernels().inverse_cbrt(x, out, n); }
+void inverse_cbrt(const float* x, float* out, int64_t n) { lab_kernels().inverse_cbrt(x, out, n); }
 
-void power(const float* x, float p, float* out, int64_t n) { kernels().power(x, p, out, n); }
+void power(const float* x, float p, float* out, int64_t n) { lab_kernels().power(x, p, out, n); }
 
 }  // namespace fastcolor::cpu

@@ -1,5 +1,5 @@
 // What works on a run of pixels. No include guard: included once for each instruction set, inside a namespace and under
-// `#pragma GCC target`, so that its loops are vectorized for each. A .cpp file includes cpu/runs.h first.
+// `#pragma GCC target`, so that its loops are vectorized for each. A .cpp file includes cpu/lab_kernels.h first.
 
 inline void load_words(const View<const uint16_t>& in, Run& run, int64_t n) {
   copy_in(in, run.c, n, [](uint16_t v) { return srgb_to_linear(float(v) * (1.0f / 65535.0f)); });
@@ -141,6 +141,6 @@ inline void power(const float* x, float p, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = fastcolor::power(x[i], p);
 }
 
-const Kernels kKernels = {load_words, load_floats, store_floats, store_bytes, store_words, decode_srgb, encode_srgb,
+const LabKernels kKernels = {load_words, load_floats, store_floats, store_bytes, store_words, decode_srgb, encode_srgb,
                           linear_run_to_lab, lab_run_to_linear, preserve, rgb_to_lab_gradient, clip_gradient,
                           preserve_gradient, inverse_cbrt, power};

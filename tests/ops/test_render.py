@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from helpers import available, every_simd, largest_error
 
 import fastcolor
+from fastcolor.ops import _backend
 from fastcolor.reference import lab
 from fastcolor.reference import render as reference
 from fastcolor.reference.render import FLOOR, nearest_low
@@ -115,3 +117,164 @@ def test_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         fastcolor.render(arguments.pop("ab"), arguments.pop("guide"), arguments.pop("L"), **arguments)
+
+
+# --- the kernels against float64 --------------------------------------------------------------------------------------
+
+BACKENDS = available("cpp", "reference")
+both = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+cpp = pytest.mark.skipif(_backend.missing("cpp") is not None, reason=str(_backend.missing("cpp")))
+# (low, full): one pixel, one row, primes, wider than a run of 1024, shrinking
+SIZES = [((1, 1), (1, 1)), ((1, 5), (1, 17)), ((7, 5), (29, 19)), ((3, 300), (5, 1201)), ((9, 8), (5, 4))]
+
+
+def scene(low, full, batch=2, spread=25.0):
+    ab = torch.randn(batch, 2, *low) * spread
+    return ab, torch.rand(batch, 1, *low) * 100, torch.rand(batch, 1, *full) * 100
+
+
+def exactly(ab, guide, L, dtype=torch.float64, scale=None, gamut="clip", channels_last=False):
+    scale = scale or tuple(a / b for a, b in zip(ab.shape[2:], L.shape[2:], strict=True))
+    return reference.render(ab.double(), guide.double(), L.double(), scale, 3.0, dtype, gamut, channels_last)
+
+
+@every_simd
+@both
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("low", "full"), SIZES, ids=str)
+def test_matches_float64(backend, low, full, channels_last):
+    inputs = scene(low, full)
+    with fastcolor.use_backend(backend.name):
+        for gamut, bound in (("clip", 2e-5), ("preserve_lightness", 1e-3)):
+            options = {"gamut": gamut, "channels_last": channels_last}
+            rgb = fastcolor.render(*inputs, dtype=torch.float32, **options)
+            exact = exactly(*inputs, **options)
+            assert largest_error(rgb, exact) <= bound
+            for dtype, top in ((torch.uint8, 255), (torch.uint16, 65535)):
+                levels = fastcolor.render(*inputs, dtype=dtype, **options).double()
+                assert largest_error(levels, exact * top) <= 0.5 + 2 * bound * top
+
+
+@every_simd
+@both
+def test_other_inputs(backend):
+    """Strides, 16 bits, a scale that reaches over the border, an empty batch, and extreme colours."""
+    ab, guide, L = scene((6, 7), (23, 27))
+    with fastcolor.use_backend(backend.name):
+        expected = fastcolor.render(ab, guide, L, dtype=torch.float32)
+        strided = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (ab, guide)]
+        turned = L.transpose(2, 3).contiguous().transpose(2, 3)
+        assert torch.equal(fastcolor.render(*strided, turned, dtype=torch.float32), expected)
+        halves = [x.half() for x in (ab, guide)]
+        assert largest_error(fastcolor.render(*halves, L, dtype=torch.float32), expected) < 0.02
+        assert fastcolor.render(ab, guide, L, dtype=torch.float16).dtype == torch.float16
+        wide = fastcolor.render(ab, guide, L, dtype=torch.float32, gamut="clip", scale=(0.31, 0.22))
+        assert largest_error(wide, exactly(ab, guide, L, scale=(0.31, 0.22))) <= 2e-5
+        assert fastcolor.render(ab[:0], guide[:0], L[:0]).shape == (0, 3, 23, 27)
+        assert fastcolor.render(ab, guide, L[..., :0]).shape == (2, 3, 23, 0)
+        far = fastcolor.render(ab * 1e4, guide * 1e3, L, dtype=torch.float32)
+        assert far.isfinite().all() and far.min() >= 0 and far.max() <= 1
+
+
+@every_simd
+@both
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_chroma_planes_match_float64(backend, subsampling, bits):
+    """Every place of chroma, matrix and range: within one level, and nearly always the same."""
+    ab, guide, _ = scene((5, 6), (1, 1), spread=40.0)
+    yuv = [
+        fastcolor.YuvFormat(subsampling, bits, matrix, full_range, primaries, location)
+        for matrix, primaries in (("bt601", "bt709"), ("bt709", "bt709"), ("bt2020", "bt2020"))
+        for full_range in (False, True)
+        for location in ("left", "center", "topleft")
+    ]
+    same = total = 0
+    for form in yuv:
+        for size in ((1, 1), (18, 23)):
+            luma = torch.randint(0, 2**bits, (2, 1, *size), dtype=torch.int32).to(form.dtype)
+            with fastcolor.use_backend(backend.name):
+                ours = fastcolor.render_uv(ab, guide, luma, form)
+            scale = tuple(a / b for a, b in zip(ab.shape[2:], size, strict=True))
+            exact = reference.render_uv(ab.double(), guide.double(), luma, scale, 3.0, form)
+            for plane, expected in zip(ours, exact, strict=True):
+                assert plane.dtype == form.dtype and plane.shape == expected.shape
+                off = (plane.int() - expected.int()).abs()
+                assert off.max() <= 1
+                same, total = same + (off == 0).sum().item(), total + off.numel()
+    assert same >= 0.99 * total
+
+
+@both
+def test_luma_rows_that_lie_apart(backend):
+    ab, guide, _ = scene((4, 4), (1, 1))
+    wide = torch.randint(16, 236, (2, 1, 16, 32), dtype=torch.uint8)
+    luma, yuv = wide[..., :17], fastcolor.YuvFormat()
+    with fastcolor.use_backend(backend.name):
+        for ours, expected in zip(
+            fastcolor.render_uv(ab, guide, luma, yuv), fastcolor.render_uv(ab, guide, luma.clone(), yuv), strict=True
+        ):
+            assert torch.equal(ours, expected)
+
+
+@both
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("bits", [8, 10, 16])
+def test_every_luma(backend, bits, full_range):
+    dtype = torch.uint8 if bits == 8 else torch.uint16
+    luma = torch.arange(2**bits, dtype=torch.int32).to(dtype)[:, None]
+    with fastcolor.use_backend(backend.name):
+        L = fastcolor.luma_to_lightness(luma, bits, full_range)
+    exact = reference.luma_to_lightness(luma, bits, full_range, torch.float64)
+    assert L.shape == luma.shape and largest_error(L, exact) <= 2e-5
+    assert L.min() == 0 and L.max() == pytest.approx(100, abs=1e-4)
+
+
+@every_simd
+@cpp
+def test_exp2_bound():
+    """The bound beside exp2_of in render_body.h: 3e-7 relative above -126, over four million points."""
+    x = torch.linspace(-130, 0, 1 << 22)
+    out = torch.empty_like(x)
+    _backend.native("_cpu").render_exp2(x.data_ptr(), out.data_ptr(), x.numel())
+    exact, normal = torch.exp2(x.double()), x > -126
+    assert ((out.double() - exact).abs() / exact)[normal].max() <= 3e-7
+    assert (out[~normal] <= 2.0**-125).all()
+
+
+@cpp
+def test_threads_do_not_change_a_bit():
+    inputs, before = scene((40, 50), (160, 200)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = fastcolor.render(*inputs)
+        torch.set_num_threads(3)
+        assert torch.equal(one, fastcolor.render(*inputs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_take_the_reference():
+    ab, guide, L = scene((3, 3), (9, 9), batch=1)
+    ab.requires_grad_()
+    fastcolor.render(ab, guide, L, dtype=torch.float32).sum().backward()
+    assert ab.grad.abs().sum() > 0
+
+
+def test_opcheck():
+    ab, guide, L = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene((3, 4), (11, 13)))
+    ops = torch.ops.fastcolor
+    for dtype, last in ((torch.uint8, True), (torch.float32, False)):
+        torch.library.opcheck(ops.render.default, (ab, guide, L, 0.25, 0.25, 3.0, dtype, True, last))
+    luma = torch.randint(0, 256, (2, 1, 11, 13), dtype=torch.uint8)
+    form = ("420", 8, "bt709", False, "bt709", "left")
+    torch.library.opcheck(ops.render_uv.default, (ab, guide, luma, 0.25, 0.25, 3.0, *form))
+    torch.library.opcheck(ops.luma_to_lightness.default, (luma, 8, True))
+
+
+@both
+def test_compile_fullgraph(backend):
+    inputs = scene((3, 4), (11, 13))
+    compiled = torch.compile(lambda *x: fastcolor.render(*x), fullgraph=True, backend="aot_eager")
+    with fastcolor.use_backend(backend.name):
+        assert torch.equal(compiled(*inputs), fastcolor.render(*inputs))

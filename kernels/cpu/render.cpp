@@ -1,0 +1,243 @@
+#include "cpu/render.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "common/lab_math.h"
+#include "cpu/lab_kernels.h"
+#include "cpu/multiversion.h"
+
+namespace fastcolor::cpu {
+namespace {
+
+constexpr int64_t kBand = 16;  // rows of a piece of work: low-resolution rows are expanded anew for each
+
+// Of a low-resolution row, the values left and right of each column of a piece.
+struct alignas(64) Expanded {
+  float guide[2][kRun], a[2][kRun], b[2][kRun];
+};
+
+// The low-resolution columns about each column of a piece, and the share of the right one.
+struct alignas(64) Columns {
+  int32_t left[kRun], right[kRun];
+  float share[kRun];
+};
+
+struct UvJob {
+  float red, blue, matrix[9];
+  float of_u, of_v, middle, largest;  // from differences to levels; + 1/2 in `middle` rounds
+};
+
+// The functions of render_body.h.
+struct RenderKernels {
+  void (*expand)(const float*, const float*, const float*, const Columns&, Expanded&, int64_t);
+  void (*upsample)(const Expanded&, const Expanded&, const Columns&, float, float, float, const float*, float*, float*,
+                   int64_t);
+  void (*lightness_of)(const float*, float*, int64_t);
+  void (*chroma_levels)(const UvJob&, const float*, const float*, float*, float*, int64_t);
+  void (*store_bytes)(const float*, uint8_t*, int64_t);
+  void (*store_words)(const float*, uint16_t*, int64_t);
+  void (*exp2_run)(const float*, float*, int64_t);
+};
+
+namespace baseline {
+#include "cpu/render_body.h"
+}  // namespace baseline
+
+#if FC_HAS_MULTIVERSION
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "cpu/render_body.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace avx512 {
+#include "cpu/render_body.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+const RenderKernels& kernels() {
+#if FC_HAS_MULTIVERSION
+  if (simd() == Simd::kAvx512) return avx512::kKernels;
+  if (simd() == Simd::kAvx2) return avx2::kKernels;
+#endif
+  return baseline::kKernels;
+}
+
+// The low-resolution position before a place, and the share of the one behind it.
+std::pair<int64_t, float> before(const Places& places, int64_t i) {
+  const float beyond = places.beyond[i];
+  return beyond < 0.0f ? std::pair<int64_t, float>(places.at[i] - int64_t(1), 1.0f + beyond)
+                       : std::pair<int64_t, float>(places.at[i], beyond);
+}
+
+int64_t inside(int64_t i, int64_t size) { return std::clamp<int64_t>(i, 0, size - 1); }
+
+// Upsampled chroma for the rows of a band, one after the other: the low-resolution rows about a row are mostly those about
+// the next one.
+class Band {
+ public:
+  Band(const RenderProblem& problem, const RenderKernels& k, int64_t image, int64_t start, int64_t n)
+      : p_(problem), k_(k), n_(n), low_(problem.low_height * problem.low_width),
+        guide_(problem.guide + image * low_), ab_(problem.ab + image * 2 * low_) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [left, share] = before(p_.columns, start + i);
+      columns_.left[i] = int32_t(inside(left, p_.low_width));
+      columns_.right[i] = int32_t(inside(left + 1, p_.low_width));
+      columns_.share[i] = share;
+    }
+  }
+
+  // a and b of row y, given its lightness.
+  void row(int64_t y, const float* L, float* a, float* b) {
+    const auto [above, share] = before(p_.rows, y);
+    const Expanded &first = expanded(inside(above, p_.low_height)), &second = expanded(inside(above + 1, p_.low_height));
+    k_.upsample(first, second, columns_, share, p_.sharpness, p_.floor, L, a, b, n_);
+  }
+
+ private:
+  // Two neighbouring rows never share a slot.
+  const Expanded& expanded(int64_t low_row) {
+    const int slot = int(low_row % 2);
+    if (held_[slot] != low_row) {
+      const float* a = ab_ + low_row * p_.low_width;
+      k_.expand(guide_ + low_row * p_.low_width, a, a + low_, columns_, slots_[slot], n_);
+      held_[slot] = low_row;
+    }
+    return slots_[slot];
+  }
+
+  const RenderProblem& p_;
+  const RenderKernels& k_;
+  int64_t n_, low_;
+  const float *guide_, *ab_;
+  int64_t held_[2] = {-1, -1};
+  Columns columns_;
+  Expanded slots_[2];
+};
+
+// Calls body(image, first column, columns, first row, end of rows) for every piece of the result.
+template <typename Body>
+void for_each_piece(const RenderProblem& p, Body body) {
+  const int64_t across = (p.width + kRun - 1) / kRun, down = (p.height + kBand - 1) / kBand;
+#pragma omp parallel for num_threads(p.threads) if (p.threads > 1) schedule(static)
+  for (int64_t i = 0; i < p.batch * across * down; ++i) {
+    const int64_t start = i / down % across * kRun, top = i % down * kBand;
+    body(i / (down * across), start, std::min(kRun, p.width - start), top, std::min(p.height, top + kBand));
+  }
+}
+
+// --- luma at the places of chroma ----------------------------------------------------------------------------------------
+
+struct Taps {
+  int64_t at[3];
+  float share[3];
+};
+
+// The luma samples of chroma sample k along one side, repeated beyond the border.
+Taps taps(int64_t k, int64_t step, bool cosited, int64_t size) {
+  if (step == 1) return {{k, k, k}, {0.0f, 1.0f, 0.0f}};
+  const int64_t on = 2 * k;
+  if (cosited) return {{inside(on - 1, size), on, inside(on + 1, size)}, {0.25f, 0.5f, 0.25f}};
+  return {{on, on, inside(on + 1, size)}, {0.0f, 0.5f, 0.5f}};
+}
+
+template <typename T>
+void luma_row(const YuvLayout& yuv, const T* luma, int64_t row, int64_t luma_height, int64_t luma_width, int64_t y,
+              int64_t start, int64_t n, float* wide, float* out) {
+  const Taps down = taps(y, yuv.down, yuv.cosited_down, luma_height);
+  const T *p0 = luma + down.at[0] * row, *p1 = luma + down.at[1] * row, *p2 = luma + down.at[2] * row;
+  const int64_t first = std::max<int64_t>(0, start * yuv.across - 1);
+  const int64_t end = std::min(luma_width, (start + n) * yuv.across + 1);
+  for (int64_t x = first; x < end; ++x) {
+    wide[x - first] = down.share[0] * float(p0[x]) + down.share[1] * float(p1[x]) + down.share[2] * float(p2[x]);
+  }
+  const float scale = 1.0f / yuv.luma_span;
+  for (int64_t i = 0; i < n; ++i) {
+    const Taps t = taps(start + i, yuv.across, yuv.cosited_across, luma_width);
+    const float sum = t.share[0] * wide[t.at[0] - first] + t.share[1] * wide[t.at[1] - first] +
+                      t.share[2] * wide[t.at[2] - first];
+    out[i] = (sum - yuv.black) * scale;
+  }
+}
+
+}  // namespace
+
+void render(const RenderProblem& problem, const float* L, void* rgb, Sample sample, bool interleaved,
+            bool preserve_lightness) {
+  const RenderKernels& k = kernels();
+  const LabKernels& lab = lab_kernels();
+  const int64_t pixels = problem.height * problem.width;
+  for_each_piece(problem, [&](int64_t image, int64_t start, int64_t n, int64_t top, int64_t end) {
+    Band band(problem, k, image, start, n);
+    Run run;
+    for (int64_t y = top; y < end; ++y) {
+      const int64_t at = y * problem.width + start;
+      std::copy_n(L + image * pixels + at, n, run.c[0]);
+      band.row(y, run.c[0], run.c[1], run.c[2]);
+      if (preserve_lightness) lab.preserve(run, n);
+      lab.lab_run_to_linear(run, n);
+      lab.encode_srgb(run, n);
+      switch (sample) {
+        case Sample::kUint8:
+          lab.store_bytes(run, view(static_cast<uint8_t*>(rgb), interleaved, image, pixels, at), n);
+          break;
+        case Sample::kUint16:
+          lab.store_words(run, view(static_cast<uint16_t*>(rgb), interleaved, image, pixels, at), n);
+          break;
+        default: lab.store_floats(run, view(static_cast<float*>(rgb), interleaved, image, pixels, at), n);
+      }
+    }
+  });
+}
+
+void render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* luma, int64_t luma_height,
+               int64_t luma_width, int64_t row, int64_t image_step, void* u, void* v) {
+  const RenderKernels& k = kernels();
+  UvJob job{yuv.red, yuv.blue, {}, yuv.chroma_span / (2.0f * (1.0f - yuv.blue)), yuv.chroma_span / (2.0f * (1.0f - yuv.red)),
+            float(1 << (yuv.bits - 1)) + 0.5f, float((1 << yuv.bits) - 1)};
+  std::copy_n(yuv.xyz_to_rgb, 9, job.matrix);
+  for_each_piece(problem, [&](int64_t image, int64_t start, int64_t n, int64_t top, int64_t end) {
+    Band band(problem, k, image, start, n);
+    float wide[2 * kRun + 2], y_of[kRun], L[kRun], a[kRun], b[kRun];
+    for (int64_t y = top; y < end; ++y) {
+      const int64_t at = (image * problem.height + y) * problem.width + start;
+      if (yuv.bits == 8) {
+        luma_row(yuv, static_cast<const uint8_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
+                 wide, y_of);
+      } else {
+        luma_row(yuv, static_cast<const uint16_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
+                 wide, y_of);
+      }
+      k.lightness_of(y_of, L, n);
+      band.row(y, L, a, b);
+      k.chroma_levels(job, y_of, L, a, b, n);
+      if (yuv.bits == 8) {
+        k.store_bytes(a, static_cast<uint8_t*>(u) + at, n), k.store_bytes(b, static_cast<uint8_t*>(v) + at, n);
+      } else {
+        k.store_words(a, static_cast<uint16_t*>(u) + at, n), k.store_words(b, static_cast<uint16_t*>(v) + at, n);
+      }
+    }
+  });
+}
+
+void look_up(const void* samples, bool wide, const float* table, float* out, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t start = 0; start < n; start += 1 << 14) {
+    const int64_t end = std::min<int64_t>(n, start + (1 << 14));
+    if (wide) {
+      for (int64_t i = start; i < end; ++i) out[i] = table[static_cast<const uint16_t*>(samples)[i]];
+    } else {
+      for (int64_t i = start; i < end; ++i) out[i] = table[static_cast<const uint8_t*>(samples)[i]];
+    }
+  }
+}
+
+void render_exp2(const float* x, float* out, int64_t n) { kernels().exp2_run(x, out, n); }
+
+}  // namespace fastcolor::cpu

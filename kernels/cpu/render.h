@@ -1,0 +1,52 @@
+// Rendering on the CPU: chroma is brought to full size along the edges of the lightness, and with it to RGB, or to the
+// chroma planes of a video frame, in one pass.
+#pragma once
+#include <cstdint>
+
+#include "common/storage.h"
+
+namespace fastcolor::cpu {
+
+// Places of the result on the low-resolution grid, of each row and of each column: the nearest of its positions, which may
+// be outside, and how far beyond it, in [-1/2, 1/2].
+struct Places {
+  const int32_t* at;
+  const float* beyond;
+};
+
+struct RenderProblem {
+  const float* ab;     // [B, 2, h, w]
+  const float* guide;  // [B, h, w]
+  int64_t batch, low_height, low_width;
+  int64_t height, width;  // of the result
+  Places rows, columns;   // [height], [width]
+  float sharpness;        // log2(e) / 2 sigma_light²
+  float floor;            // added to each weight
+  int threads;
+};
+
+// L: [B, height, width]. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved; uint8, uint16 or float32.
+void render(const RenderProblem& problem, const float* L, void* rgb, Sample sample, bool interleaved,
+            bool preserve_lightness);
+
+struct YuvLayout {
+  int64_t down, across;                // luma samples of a chroma sample
+  bool cosited_down, cosited_across;   // chroma on every second luma sample, else between two
+  int bits;
+  float black, luma_span, chroma_span;
+  float red, blue;         // weights in luma
+  const float* xyz_to_rgb;  // [3, 3] XYZ / white to linear RGB
+};
+
+// luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples apart.
+// u, v: [B, height, width] of the same type. See reference/render.py: render_uv.
+void render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* luma, int64_t luma_height,
+               int64_t luma_width, int64_t row, int64_t image, void* u, void* v);
+
+// out[i] = table[samples[i]]; samples are uint16 where `wide`, else uint8.
+void look_up(const void* samples, bool wide, const float* table, float* out, int64_t n, int threads);
+
+// 2^x by itself, for the test of its bound.
+void render_exp2(const float* x, float* out, int64_t n);
+
+}  // namespace fastcolor::cpu

@@ -1,0 +1,110 @@
+// What works on a piece of a row. No include guard: included once for each instruction set, as lab_body.h is. render.cpp
+// defines Expanded, Columns and UvJob first.
+
+// 2^x for x <= 0, 0 from -126 on. Max relative error 3e-7 above (test_render.py: test_exp2_bound).
+FC_INLINE float exp2_of(float x) {
+  const float y = x > -126.0f ? x : -126.0f;
+  const float rounded = (y + 12582912.0f) - 12582912.0f;
+  const float f = y - rounded;
+  float e = 0.00132764516f;
+  e = e * f + 0.00967554117f;
+  e = e * f + 0.0555071334f;
+  e = e * f + 0.240221197f;
+  e = e * f + 0.693146967f;
+  e = e * f + 1.00000007f;
+  return x > -126.0f ? e * float_of((int32_t(rounded) + 127) << 23) : 0.0f;
+}
+
+// One low-resolution row, brought to the columns of a piece: its values left and right of each.
+inline void expand(const float* guide, const float* a, const float* b, const Columns& columns, Expanded& to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t left = columns.left[i], right = columns.right[i];
+    to.guide[0][i] = guide[left], to.guide[1][i] = guide[right];
+    to.a[0][i] = a[left], to.a[1][i] = a[right];
+    to.b[0][i] = b[left], to.b[1][i] = b[right];
+  }
+}
+
+// The chroma of a piece of a row from the two low-resolution rows about it; `low` is the share of the second.
+inline void upsample(const Expanded& above, const Expanded& below, const Columns& columns, float low, float sharpness,
+                     float floor, const float* L, float* a, float* b, int64_t n) {
+  const float high = 1.0f - low;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float light = L[i], right = columns.share[i], left = 1.0f - right;
+    const float d0 = above.guide[0][i] - light, d1 = above.guide[1][i] - light;
+    const float d2 = below.guide[0][i] - light, d3 = below.guide[1][i] - light;
+    const float w0 = (exp2_of(-sharpness * d0 * d0) + floor) * (high * left);
+    const float w1 = (exp2_of(-sharpness * d1 * d1) + floor) * (high * right);
+    const float w2 = (exp2_of(-sharpness * d2 * d2) + floor) * (low * left);
+    const float w3 = (exp2_of(-sharpness * d3 * d3) + floor) * (low * right);
+    const float scale = 1.0f / ((w0 + w1) + (w2 + w3));
+    a[i] = scale * ((w0 * above.a[0][i] + w1 * above.a[1][i]) + (w2 * below.a[0][i] + w3 * below.a[1][i]));
+    b[i] = scale * ((w0 * above.b[0][i] + w1 * above.b[1][i]) + (w2 * below.b[0][i] + w3 * below.b[1][i]));
+  }
+}
+
+// --- video ---------------------------------------------------------------------------------------------------------------
+
+FC_INLINE float between(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+
+// L of the grey with luma y, in [0, 100].
+FC_INLINE float grey_lightness(float y) {
+  return between(116.0f * lab_f(srgb_to_linear(between(y, 0.0f, 1.0f))) - 16.0f, 0.0f, 100.0f);
+}
+
+// R', G', B' of a colour, also beyond [0, 1].
+FC_INLINE Triple unclipped_rgb(float L, float a, float b, const float* m) {
+  const float fy = (L + 16.0f) * (1.0f / 116.0f);
+  const float x = lab_f_inverse(fy + a * 0.002f), y = lab_f_inverse(fy), z = lab_f_inverse(fy - b * 0.005f);
+  return {linear_to_srgb(m[0] * x + m[1] * y + m[2] * z), linear_to_srgb(m[3] * x + m[4] * y + m[5] * z),
+          linear_to_srgb(m[6] * x + m[7] * y + m[8] * z)};
+}
+
+// y: luma 0 .. 1 at the chroma samples; L: its lightness.
+inline void lightness_of(const float* y, float* L, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) L[i] = grey_lightness(y[i]);
+}
+
+// The share of the chroma that keeps a channel, `difference` above the luma y, inside [0, 1].
+FC_INLINE float room(float difference, float y) {
+  const float bound = difference > 0.0f ? 1.0f - y : -y;
+  const float t = bound / (difference == 0.0f ? 1.0f : difference);
+  return difference == 0.0f ? 1.0f : between(t, 0.0f, 1.0f);
+}
+
+// Levels of Cb and Cr, in place of a and b.
+inline void chroma_levels(const UvJob& job, const float* luma, const float* lightness, float* a, float* b, int64_t n) {
+  const float red = job.red, blue = job.blue, green = 1.0f - red - blue;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float L = lightness[i];
+    for (int step = 0; step < 2; ++step) {
+      const Triple c = unclipped_rgb(L, a[i], b[i], job.matrix);
+      const float own = red * clip(c.x) + green * clip(c.y) + blue * clip(c.z);
+      L = between(L + lightness[i] - grey_lightness(own), 0.0f, 100.0f);
+    }
+    const Triple c = unclipped_rgb(L, a[i], b[i], job.matrix);
+    const float own = red * c.x + green * c.y + blue * c.z, y = between(luma[i], 0.0f, 1.0f);
+    const float dr = c.x - own, dg = c.y - own, db = c.z - own;
+    const float t0 = room(dr, y), t1 = room(dg, y), t2 = room(db, y);
+    const float t01 = t0 < t1 ? t0 : t1, t = t01 < t2 ? t01 : t2;
+    const float u = t * db * job.of_u + job.middle, v = t * dr * job.of_v + job.middle;
+    a[i] = between(u, 0.0f, job.largest), b[i] = between(v, 0.0f, job.largest);
+  }
+}
+
+template <typename T>
+inline void store_levels(const float* level, T* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = T(int32_t(level[i] == level[i] ? level[i] : 0.0f));
+}
+
+inline void exp2_run(const float* x, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = exp2_of(x[i]);
+}
+
+const RenderKernels kKernels = {expand, upsample, lightness_of, chroma_levels, store_levels<uint8_t>,
+                                store_levels<uint16_t>, exp2_run};
