@@ -34,6 +34,9 @@ struct RenderKernels {
   void (*expand)(const float*, const float*, const float*, const Columns&, Expanded&, int64_t);
   void (*upsample)(const Expanded&, const Expanded&, const Columns&, float, float, float, const float*, float*, float*,
                    int64_t);
+  void (*mix_bytes)(const uint8_t*, const uint8_t*, const uint8_t*, const float*, float*, int64_t);
+  void (*mix_words)(const uint16_t*, const uint16_t*, const uint16_t*, const float*, float*, int64_t);
+  void (*halve_columns)(const float*, const float*, float, float, float*, int64_t);
   void (*lightness_of)(const float*, float*, int64_t);
   void (*chroma_levels)(const UvJob&, const float*, const float*, float*, float*, int64_t);
   void (*store_bytes)(const float*, uint8_t*, int64_t);
@@ -134,12 +137,12 @@ void for_each_piece(const RenderProblem& p, Body body) {
 
 // --- luma at the places of chroma ----------------------------------------------------------------------------------------
 
+// The samples about chroma sample k along one side, and their shares: on a sample, or between two; repeated at the border.
 struct Taps {
   int64_t at[3];
   float share[3];
 };
 
-// The luma samples of chroma sample k along one side, repeated beyond the border.
 Taps taps(int64_t k, int64_t step, bool cosited, int64_t size) {
   if (step == 1) return {{k, k, k}, {0.0f, 1.0f, 0.0f}};
   const int64_t on = 2 * k;
@@ -147,23 +150,26 @@ Taps taps(int64_t k, int64_t step, bool cosited, int64_t size) {
   return {{on, on, inside(on + 1, size)}, {0.0f, 0.5f, 0.5f}};
 }
 
-template <typename T>
-void luma_row(const YuvLayout& yuv, const T* luma, int64_t row, int64_t luma_height, int64_t luma_width, int64_t y,
-              int64_t start, int64_t n, float* wide, float* out) {
+// The luma, 0 at black and 1 at white, of chroma samples start .. start + n − 1 of row y. `wide` holds 2 n + 2 floats.
+template <typename T, typename Mix>
+void luma_row(const RenderKernels& k, Mix mix, const YuvLayout& yuv, const T* luma, int64_t row, int64_t luma_height,
+              int64_t luma_width, int64_t y, int64_t start, int64_t n, float* wide, float* out) {
   const Taps down = taps(y, yuv.down, yuv.cosited_down, luma_height);
-  const T *p0 = luma + down.at[0] * row, *p1 = luma + down.at[1] * row, *p2 = luma + down.at[2] * row;
-  const int64_t first = std::max<int64_t>(0, start * yuv.across - 1);
-  const int64_t end = std::min(luma_width, (start + n) * yuv.across + 1);
-  for (int64_t x = first; x < end; ++x) {
-    wide[x - first] = down.share[0] * float(p0[x]) + down.share[1] * float(p1[x]) + down.share[2] * float(p2[x]);
-  }
+  const T* rows[3] = {luma + down.at[0] * row, luma + down.at[1] * row, luma + down.at[2] * row};
   const float scale = 1.0f / yuv.luma_span;
-  for (int64_t i = 0; i < n; ++i) {
-    const Taps t = taps(start + i, yuv.across, yuv.cosited_across, luma_width);
-    const float sum = t.share[0] * wide[t.at[0] - first] + t.share[1] * wide[t.at[1] - first] +
-                      t.share[2] * wide[t.at[2] - first];
-    out[i] = (sum - yuv.black) * scale;
+  if (yuv.across == 1) {
+    const float shares[3] = {down.share[0] * scale, down.share[1] * scale, down.share[2] * scale};
+    mix(rows[0] + start, rows[1] + start, rows[2] + start, shares, out, n);
+    for (int64_t i = 0; i < n; ++i) out[i] -= yuv.black * scale;
+    return;
   }
+  const int64_t first = 2 * start - 1, end = 2 * (start + n);  // columns first .. end − 1 are wanted
+  const int64_t from = std::max<int64_t>(0, first), to = std::min(luma_width, end);
+  mix(rows[0] + from, rows[1] + from, rows[2] + from, down.share, wide + (from - first), to - from);
+  if (from > first) wide[0] = wide[1];
+  if (to < end) wide[end - 1 - first] = wide[end - 2 - first];
+  const Taps across = taps(1, 2, yuv.cosited_across, luma_width + 4);  // the shares alone
+  k.halve_columns(wide, across.share, yuv.black, scale, out, n);
 }
 
 }  // namespace
@@ -208,10 +214,10 @@ void render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* l
     for (int64_t y = top; y < end; ++y) {
       const int64_t at = (image * problem.height + y) * problem.width + start;
       if (yuv.bits == 8) {
-        luma_row(yuv, static_cast<const uint8_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
+        luma_row(k, k.mix_bytes, yuv, static_cast<const uint8_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
                  wide, y_of);
       } else {
-        luma_row(yuv, static_cast<const uint16_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
+        luma_row(k, k.mix_words, yuv, static_cast<const uint16_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
                  wide, y_of);
       }
       k.lightness_of(y_of, L, n);

@@ -61,6 +61,23 @@ FC_INLINE Triple unclipped_rgb(float L, float a, float b, const float* m) {
           linear_to_srgb(m[6] * x + m[7] * y + m[8] * z)};
 }
 
+// Luma of two rows down, or three, to one: out = shares · rows.
+template <typename T>
+inline void mix_rows(const T* p0, const T* p1, const T* p2, const float* share, float* out, int64_t n) {
+  const float s0 = share[0], s1 = share[1], s2 = share[2];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = s0 * float(p0[i]) + s1 * float(p1[i]) + s2 * float(p2[i]);
+}
+
+// Every second of the columns with its neighbours; `in` has one more column on each side.
+inline void halve_columns(const float* in, const float* share, float black, float scale, float* out, int64_t n) {
+  const float s0 = share[0], s1 = share[1], s2 = share[2];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = (s0 * in[2 * i] + s1 * in[2 * i + 1] + s2 * in[2 * i + 2] - black) * scale;
+  }
+}
+
 // y: luma 0 .. 1 at the chroma samples; L: its lightness.
 inline void lightness_of(const float* y, float* L, int64_t n) {
 #pragma omp simd
@@ -80,6 +97,7 @@ inline void chroma_levels(const UvJob& job, const float* luma, const float* ligh
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float L = lightness[i];
+    FC_UNROLL  // a loop inside would keep the loop over samples from vectorizing
     for (int step = 0; step < 2; ++step) {
       const Triple c = unclipped_rgb(L, a[i], b[i], job.matrix);
       const float own = red * clip(c.x) + green * clip(c.y) + blue * clip(c.z);
@@ -106,5 +124,6 @@ inline void exp2_run(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = exp2_of(x[i]);
 }
 
-const RenderKernels kKernels = {expand, upsample, lightness_of, chroma_levels, store_levels<uint8_t>,
+const RenderKernels kKernels = {expand, upsample, mix_rows<uint8_t>, mix_rows<uint16_t>, halve_columns,
+                                lightness_of, chroma_levels, store_levels<uint8_t>,
                                 store_levels<uint16_t>, exp2_run};
