@@ -99,8 +99,7 @@ void lab_to_rgb(const float* lab, bool lab_interleaved, void* rgb, Sample sample
   for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
     Run run;
     k.load_floats(view(lab, lab_interleaved, image, pixels, start), run, n);
-    if (preserve_lightness) k.preserve(run, n);
-    k.lab_run_to_linear(run, n);
+    preserve_lightness ? k.lab_run_to_linear_inside(run, n) : k.lab_run_to_linear(run, n);
     k.encode_srgb(run, n);
     switch (sample) {
       case Sample::kUint8:

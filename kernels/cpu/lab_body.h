@@ -55,15 +55,6 @@ inline void lab_run_to_linear(Run& run, int64_t n) {
   }
 }
 
-inline bool any_outside(const float* L, const float* a, const float* b, int64_t n) {
-  int outside = 0;  // not the largest excess: a maximum of floats does not vectorize without -ffast-math
-#pragma omp simd reduction(+ : outside)
-  for (int64_t i = 0; i < n; ++i) {
-    outside += gamut_excess(lab_to_linear(L[i], a[i], b[i])) > kGamutTolerance ? 1 : 0;
-  }
-  return outside != 0;
-}
-
 inline void scale_into_gamut(const float* L, float* a, float* b, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -72,13 +63,32 @@ inline void scale_into_gamut(const float* L, float* a, float* b, int64_t n) {
   }
 }
 
-// Bisection costs some thirty times a conversion: pieces that are wholly inside, as most are, go without.
-inline void preserve(Run& run, int64_t n) {
+// To linear light at x, y, z; how many are outside sRGB.
+inline int lab_to_linear_and_count(const float* L, const float* a, const float* b, float* x, float* y, float* z,
+                                   int64_t n) {
+  int outside = 0;  // not the largest excess: a maximum of floats does not vectorize without -ffast-math
+#pragma omp simd reduction(+ : outside)
+  for (int64_t i = 0; i < n; ++i) {
+    const Triple c = lab_to_linear(L[i], a[i], b[i]);
+    outside += gamut_excess(c) > kGamutTolerance ? 1 : 0;
+    x[i] = c.x, y[i] = c.y, z[i] = c.z;
+  }
+  return outside;
+}
+
+// Lab to linear light inside sRGB. Bisection costs some thirty times a conversion: pieces that are wholly inside, as most
+// are, go without.
+inline void lab_run_to_linear_inside(Run& run, int64_t n) {
   constexpr int64_t kPiece = 32;
+  alignas(64) float x[kPiece], y[kPiece], z[kPiece];
   for (int64_t i = 0; i < n; i += kPiece) {
     float *L = run.c[0] + i, *a = run.c[1] + i, *b = run.c[2] + i;
     const int64_t m = n - i < kPiece ? n - i : kPiece;
-    if (any_outside(L, a, b, m)) scale_into_gamut(L, a, b, m);
+    if (lab_to_linear_and_count(L, a, b, x, y, z, m) > 0) {
+      scale_into_gamut(L, a, b, m);
+      lab_to_linear_and_count(L, a, b, x, y, z, m);
+    }
+    memcpy(L, x, m * sizeof(float)), memcpy(a, y, m * sizeof(float)), memcpy(b, z, m * sizeof(float));
   }
 }
 
@@ -142,5 +152,5 @@ inline void power(const float* x, float p, float* out, int64_t n) {
 }
 
 const LabKernels kKernels = {load_words, load_floats, store_floats, store_bytes, store_words, decode_srgb, encode_srgb,
-                          linear_run_to_lab, lab_run_to_linear, preserve, rgb_to_lab_gradient, clip_gradient,
+                          linear_run_to_lab, lab_run_to_linear, lab_run_to_linear_inside, rgb_to_lab_gradient, clip_gradient,
                           preserve_gradient, inverse_cbrt, power};

@@ -186,8 +186,7 @@ void render(const RenderProblem& problem, const float* L, void* rgb, Sample samp
       const int64_t at = y * problem.width + start;
       std::copy_n(L + image * pixels + at, n, run.c[0]);
       band.row(y, run.c[0], run.c[1], run.c[2]);
-      if (preserve_lightness) lab.preserve(run, n);
-      lab.lab_run_to_linear(run, n);
+      preserve_lightness ? lab.lab_run_to_linear_inside(run, n) : lab.lab_run_to_linear(run, n);
       lab.encode_srgb(run, n);
       switch (sample) {
         case Sample::kUint8:

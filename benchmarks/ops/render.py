@@ -1,0 +1,193 @@
+"""Rendering against OpenCV and our own reference: chroma at a quarter of the size and full lightness to RGB, or U, V.
+
+`python -m benchmarks.ops.render [--size 1920x1080] [--device cpu|cuda] [--json FILE] [--quick]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastcolor
+from benchmarks import timing
+from benchmarks.ops.lab import SMALL, interleaved, on_cpu_only, photograph
+from benchmarks.timing import Candidate
+from fastcolor.ops import _backend
+from fastcolor.reference import render as reference
+
+LEVEL_BOUND = 1.0  # of 8-bit levels, against float64: rounding alone is 0.5
+# Of 100,000 samples: where a line of one hue and lightness leaves sRGB and enters it again (one pixel of two million
+# here), bisection in float32 and in float64 may find different borders.
+EXCEPTIONS = 1
+YUV = fastcolor.YuvFormat()
+SATURATIONS = {"colours of a photograph": 0.3, "half of the colours outside sRGB": 1.5}
+
+Peer = tuple[str, Callable[[], Callable[[int], object]]]
+
+
+def scene(width: int, height: int, saturation: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ab [1, 2, h, w] and guide [1, 1, h, w] at a quarter, L [1, 1, H, W]."""
+    lab = fastcolor.rgb_to_lab(photograph(width, height))[None]
+    low = F.avg_pool2d(lab, 4, ceil_mode=True, count_include_pad=False)
+    return low[:, 1:] * saturation, low[:, :1].contiguous(), lab[:, :1].contiguous()
+
+
+def rgb_peers(inputs: tuple[Tensor, Tensor, Tensor], device: str, quick: bool) -> Iterator[Peer]:
+    ab, guide, L = inputs
+
+    def ours(backend: str, gamut: str):
+        def build():
+            reason = _backend.missing(backend) or _backend.runs_on(backend, torch.device(device))
+            if reason or backend not in _backend.OFFERS["render"]:
+                raise ImportError(reason or f"render has no {backend} kernel")
+            return lambda i: fastcolor.render(ab, guide, L, gamut=gamut, channels_last=True)
+
+        return build
+
+    def opencv():
+        on_cpu_only(device)
+        import cv2
+
+        cv2.setNumThreads(torch.get_num_threads())
+        chroma, light = interleaved(ab[0]).numpy(), L[0, 0].numpy()
+
+        def run(i: int):
+            full = cv2.resize(chroma, light.shape[::-1], interpolation=cv2.INTER_LINEAR)
+            return cv2.convertScaleAbs(cv2.cvtColor(np.dstack((light, full)), cv2.COLOR_Lab2RGB), alpha=255)
+
+        return run
+
+    def eager():
+        scale = tuple(a / b for a, b in zip(ab.shape[2:], L.shape[2:], strict=True))
+        return lambda i: reference.render(ab, guide, L, scale, 3.0, torch.uint8, "preserve_lightness", True)
+
+    for backend in ("cuda", "triton") if device == "cuda" else ("cpp",):
+        yield f"fastcolor {backend}, lightness kept", ours(backend, "preserve_lightness")
+        yield f"fastcolor {backend}, clipped", ours(backend, "clip")
+    yield "bilinear and OpenCV float32, clipped", opencv
+    if not quick:
+        yield "our reference, PyTorch eager", eager
+
+
+def uv_peers(inputs: tuple[Tensor, Tensor, Tensor], luma: Tensor, device: str, quick: bool) -> Iterator[Peer]:
+    ab, guide, _ = inputs
+
+    def ours():
+        if _backend.choose("render_uv", torch.device(device)).name == "reference":
+            raise ImportError(f"render_uv has no kernel for {device}")
+        return lambda i: fastcolor.render_uv(ab, guide, luma, YUV)[0]
+
+    def opencv():
+        """Colour in RGB, and from there to planes of which the luma is thrown away: what others do."""
+        on_cpu_only(device)
+        import cv2
+
+        cv2.setNumThreads(torch.get_num_threads())
+        chroma, grey = interleaved(ab[0]).numpy(), luma[0, 0].numpy()
+
+        def run(i: int):
+            light = grey.astype(np.float32) * np.float32(100 / 255)
+            full = cv2.resize(chroma, light.shape[::-1], interpolation=cv2.INTER_LINEAR)
+            rgb = cv2.convertScaleAbs(cv2.cvtColor(np.dstack((light, full)), cv2.COLOR_Lab2RGB), alpha=255)
+            return cv2.cvtColor(rgb, cv2.COLOR_RGB2YUV_I420)
+
+        return run
+
+    def eager():
+        scale = tuple(a / b for a, b in zip(ab.shape[2:], luma.shape[2:], strict=True))
+        return lambda i: reference.render_uv(ab, guide, luma, scale, 3.0, YUV)[0]
+
+    yield "fastcolor", ours
+    yield "OpenCV, through RGB", opencv
+    if not quick:
+        yield "our reference, PyTorch eager", eager
+
+
+def table(title: str, moved: int, peers: Iterator[Peer], exact: dict[str, Tensor], options) -> list[dict]:
+    """`exact` has what candidates of ours must give, by how their names end; they are checked before they are timed."""
+    candidates = [timing.plain_copy(moved, options.device)]
+    for name, build in peers:
+        candidate = Candidate(name, None, ours=name.startswith("fastcolor"))
+        candidates.append(candidate)
+        try:
+            candidate.run = build()
+        except ImportError as error:
+            candidate.why_not = str(error)
+            continue
+        expected = next((e for ending, e in exact.items() if name.endswith(ending)), None)
+        if candidate.ours and expected is not None:
+            off = (candidate.run(0).cpu().double() - expected).abs().flatten()
+            candidate.error = off.topk(1 + EXCEPTIONS * off.numel() // 100_000).values[-1].item()
+            if candidate.error > LEVEL_BOUND:
+                candidate.run, candidate.why_not = None, f"off by {candidate.error:.3g} levels, more than {LEVEL_BOUND}"
+    able = [c for c in candidates if c.run]
+    calls = max(timing.rotation(moved, options.device), 8 if moved > 1e7 else 50)
+    times = timing.measure(able, options.device, rounds=3 if options.quick else 11, calls=calls)
+    context = {
+        "title": title,
+        "error_unit": "levels, but for 1 sample in 100,000",
+        "oracle": "our reference in float64",
+    }
+    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
+    timing.show(rows, title)
+    return rows
+
+
+def benchmark(width: int, height: int, options) -> list[dict]:
+    rows, pixels = [], width * height
+    for kind, saturation in SATURATIONS.items():
+        inputs = scene(width, height, saturation)
+        scale = tuple(a / b for a, b in zip(inputs[0].shape[2:], (height, width), strict=True))
+        double = [x.double() for x in inputs]
+        exact = {
+            ending: reference.render(*double, scale, 3.0, torch.float64, gamut, True) * 255
+            for ending, gamut in (("kept", "preserve_lightness"), ("clipped", "clip"))
+        }
+        on_device = tuple(x.to(options.device) for x in inputs)
+        title = f"render, {width}×{height}, {kind}: float32 lightness → uint8 RGB"
+        moved = pixels * (4 + 3) + 4 * inputs[0].numel() * 3 // 2
+        rows += table(title, moved, rgb_peers(on_device, options.device, options.quick), exact, options)
+    inputs = scene(width, height, 0.3)
+    luma = (fastcolor.lab_to_rgb(F.pad(inputs[2][0], (0, 0, 0, 0, 0, 2)))[:1][None] * 219 + 16).to(torch.uint8)
+    exact = reference.render_uv(*(x.double() for x in inputs[:2]), luma, scale, 3.0, YUV)[0].double()
+    on_device = tuple(x.to(options.device) for x in inputs)
+    peers = uv_peers(on_device, luma.to(options.device), options.device, options.quick)
+    title = f"render to U, V, {width}×{height}, 4:2:0, 8 bits"
+    rows += table(title, pixels * 3 // 2 + 4 * inputs[0].numel() * 3 // 2, peers, {"": exact}, options)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.render", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", help="width x height; 1920x1080, on CUDA 3840x2160")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
+    parser.add_argument("--quick", action="store_true", help="few samples, no reference, no second size")
+    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
+    parser.add_argument("--commit", help="to record, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    torch.set_num_threads(options.threads)
+    size = options.size or ("3840x2160" if options.device == "cuda" else "1920x1080")
+    try:
+        width, height = (int(n) for n in size.split("x"))
+    except ValueError:
+        parser.error(f"--size must look like 1920x1080, got {size}")
+    record, rows = timing.machine(options.device, options.commit), []
+    for w, h in [(width, height)] if options.quick else [(width, height), *SMALL]:
+        rows += benchmark(w, h, options)
+    if options.json:
+        print(f"written: {timing.write(options.json, 'render', options.device, record, rows).name}")
+    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
