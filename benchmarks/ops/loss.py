@@ -1,0 +1,159 @@
+"""Colour cross-entropy, forward and backward, against dense soft targets and our own reference in PyTorch.
+
+`python -m benchmarks.ops.loss [--device cpu|cuda] [--json FILE] [--quick]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastcolor
+from benchmarks import timing
+from benchmarks.ops.mean_field import peak_memory
+from benchmarks.timing import Candidate
+from fastcolor.bins import ColorBins, soft_encode
+from fastcolor.ops import _backend
+from fastcolor.reference import cross_entropy as reference
+
+BINS = ColorBins()
+SIZES = {"cpu": [(16, 32, 32), (16, 64, 64)], "cuda": [(64, 64, 64)]}
+CHANNELS = 64  # of the network's last features
+# Of ours, relative to the largest entry of the gradient: float32 rounds exponentials of differences of logits
+GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+
+def dense(logits: Tensor, ab: Tensor) -> Tensor:
+    """With a tensor of N·K soft targets, as ports of Zhang et al. 2016 do it."""
+    index, p = soft_encode(BINS, ab.movedim(1, -1))
+    target = logits.new_zeros(*ab.shape[:1], *ab.shape[2:], BINS.count)
+    target.scatter_(-1, index[0], p[0].to(logits.dtype))
+    return F.cross_entropy(logits, target.movedim(-1, 1))
+
+
+def with_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, ab: Tensor) -> Tensor:
+    logits = logits.detach().requires_grad_()
+    loss(logits, ab).backward()
+    return logits.grad
+
+
+def peers(logits: Tensor, ab: Tensor, quick: bool) -> Iterator[tuple[str, Callable]]:
+    def compiled():
+        torch._dynamo.reset()
+        function = torch.compile(lambda u: reference.color_cross_entropy(u, ab, BINS))
+        with_gradient(lambda u, _: function(u), logits, ab)
+        return lambda i: with_gradient(lambda u, _: function(u), logits, ab)
+
+    def ours():
+        if _backend.choose("color_cross_entropy", logits.device).name == "reference":
+            raise ImportError(f"color_cross_entropy has no kernel for {logits.device.type}")
+        return lambda i: with_gradient(fastcolor.color_cross_entropy, logits, ab)
+
+    yield "fastcolor", ours
+    yield "dense soft targets, F.cross_entropy", lambda: lambda i: with_gradient(dense, logits, ab)
+    yield (
+        "our reference, PyTorch eager",
+        lambda: lambda i: with_gradient(lambda u, t: reference.color_cross_entropy(u, t, BINS), logits, ab),
+    )
+    if not quick:
+        yield "our reference, torch.compile", compiled
+
+
+def head_peers(features: Tensor, weight: Tensor, bias: Tensor, ab: Tensor) -> Iterator[tuple[str, Callable]]:
+    def run(loss: Callable[..., Tensor]):
+        def call(i: int) -> Tensor:
+            inputs = [x.detach().requires_grad_() for x in (features, weight, bias)]
+            loss(*inputs).backward()
+            return inputs[1].grad
+
+        return call
+
+    def apart(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return fastcolor.color_cross_entropy(F.conv2d(x, w.to(x.dtype), b.to(x.dtype)), ab)
+
+    yield "fastcolor, in one", lambda: run(lambda *inputs: fastcolor.head_cross_entropy(*inputs, ab))
+    yield "convolution, then fastcolor's loss", lambda: run(apart)
+
+
+def table(title: str, moved: int, contestants, exact: Tensor | None, bound: float, options) -> list[dict]:
+    candidates, peaks = [timing.plain_copy(moved, options.device)], {}
+    for name, build in contestants:
+        candidate = Candidate(name, None, ours=name.startswith("fastcolor"))
+        candidates.append(candidate)
+        try:
+            run = build()
+        except Exception as error:  # no kernel, no compiler, or one that fails
+            candidate.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            continue
+        if exact is not None:
+            candidate.error = ((run(0).cpu().double() - exact).abs().max() / exact.abs().max()).item()
+            if candidate.ours and not candidate.error <= bound:
+                candidate.why_not = f"off by {candidate.error:.2g} of the largest, more than {bound:g}"
+                continue
+        candidate.run = run
+        if options.device == "cpu":
+            peaks[name] = peak_memory(lambda run=run: run(0))
+    able = [c for c in candidates if c.run]
+    times = timing.measure(able, options.device, rounds=3 if options.quick else 9, calls=4)
+    context = {"title": title, "error_unit": "of the gradient's largest entry", "oracle": "our reference in float64"}
+    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
+    for row in rows:
+        if peaks.get(row["candidate"]) is not None and row["median_us"] != timing.NOT_MEASURED:
+            row["peak_MB"] = round(peaks[row["candidate"]] / 1e6, 1)
+            row["note"] = f"{row['peak_MB']} MB"
+    timing.show(rows, title)
+    return rows
+
+
+def benchmark(size: tuple[int, int, int], options) -> list[dict]:
+    batch, height, width = size
+    generator = torch.Generator().manual_seed(0)
+    ab = torch.randn(batch, 2, height, width, generator=generator) * 25
+    wide = torch.randn(batch, BINS.count, height, width, generator=generator) * 3
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for order, layout in (("labels last", torch.channels_last), ("planes", torch.contiguous_format)):
+            logits = wide.to(dtype).contiguous(memory_format=layout)
+            exact = with_gradient(lambda u, t: reference.color_cross_entropy(u, t, BINS), logits.double(), ab.double())
+            title = f"loss and gradient, {batch}×{height}×{width} pixels, K = {BINS.count}, {dtype}, {order}"
+            moved = 2 * logits.numel() * logits.element_size()
+            contestants = peers(logits.to(options.device), ab.to(options.device), options.quick)
+            rows += table(title, moved, contestants, exact, GRADIENT_BOUND[dtype], options)
+        features = torch.randn(batch, CHANNELS, height, width, generator=generator).to(options.device, dtype)
+        features = features.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(BINS.count, CHANNELS, 1, 1, generator=generator).to(options.device) * 0.05
+        bias = torch.zeros(BINS.count, device=options.device)
+        title = f"last layer, loss and gradients, {batch}×{height}×{width} pixels, {CHANNELS} channels, {dtype}"
+        moved = 2 * features.numel() * features.element_size()
+        contestants = head_peers(features, weight, bias, ab.to(options.device))
+        rows += table(title, moved, contestants, None, 0.0, options)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.loss", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
+    parser.add_argument("--quick", action="store_true", help="few samples, the smallest size, no torch.compile")
+    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
+    parser.add_argument("--commit", help="to record, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    torch.set_num_threads(options.threads)
+    record, rows = timing.machine(options.device, options.commit), []
+    for size in SIZES[options.device][: 1 if options.quick else None]:
+        rows += benchmark(size, options)
+    if options.json:
+        print(f"written: {timing.write(options.json, 'loss', options.device, record, rows).name}")
+    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
