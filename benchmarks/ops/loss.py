@@ -1,6 +1,6 @@
 """Colour cross-entropy, forward and backward, against dense soft targets and our own reference in PyTorch.
 
-`python -m benchmarks.ops.loss [--device cpu|cuda] [--json FILE] [--quick]`
+`python -m benchmarks.ops.loss [--size 64x64] [--device cpu|cuda] [--json FILE] [--quick]`
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def benchmark(size: tuple[int, int, int], options) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.loss", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", help="width x height of 16 images; 32x32 and 64x64, on CUDA 64 of 64x64")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
     parser.add_argument("--quick", action="store_true", help="few samples, the smallest size, no torch.compile")
@@ -148,7 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device")
     torch.set_num_threads(options.threads)
     record, rows = timing.machine(options.device, options.commit), []
-    for size in SIZES[options.device][: 1 if options.quick else None]:
+    sizes = SIZES[options.device][: 1 if options.quick else None]
+    if options.size:
+        try:
+            width, height = (int(n) for n in options.size.split("x"))
+        except ValueError:
+            parser.error(f"--size must look like 64x64, got {options.size}")
+        sizes = [(2 if options.quick else 16, height, width)]
+    for size in sizes:
         rows += benchmark(size, options)
     if options.json:
         print(f"written: {timing.write(options.json, 'loss', options.device, record, rows).name}")

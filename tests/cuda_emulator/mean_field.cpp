@@ -21,6 +21,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
+using namespace fastcolor;
 using namespace fastcolor::cuda;
 
 extern "C" {
