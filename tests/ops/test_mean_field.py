@@ -970,6 +970,12 @@ def relative(fast, exact):
     return largest(fast, exact) / (exact.abs().max().item() + 1e-3)
 
 
+def allowed(plain, exact):
+    """The error that a gradient may have: sums over pixels that nearly cancel err in the float32 reference too. Of a
+    scalar, a single sum, that error is now and then 0 by luck: on which machine, the BLAS decides."""
+    return max(5e-6 if exact.ndim else 5e-5, 10 * relative(plain, exact))
+
+
 @every_simd
 @pytest.mark.skipif(not kernels, reason="no C++ kernels")
 def test_exp2_bound():
@@ -1068,8 +1074,7 @@ def test_gradients(backend, name, bins, shape, schedule, damping, start, neighbo
         with fastcolor.use_backend(backend.name):
             fast = gradients(inputs)
         for f, p, e in zip(fast, plain, exact, strict=True):
-            # sums over pixels that nearly cancel err in the reference too
-            assert f.shape == e.shape and relative(f, e) <= max(5e-6, 10 * relative(p, e))
+            assert f.shape == e.shape and relative(f, e) <= allowed(p, e)
 
 
 @every_simd
