@@ -219,6 +219,5 @@ class Colorizer:
         if self.options.mrf:
             ab = mean_field_annealed(logits, guide, temperature=temperature, bins=self.bins, **self.field)
         else:
-            q = torch.cat([logits[:, place].softmax(1) for place, _ in self.bins.groups()], 1)
-            ab = annealed_mean(q, temperature, self.bins)
+            ab = annealed_mean(logits, temperature, self.bins, logits=True)
         return ab * self.options.saturation, guide

@@ -734,14 +734,20 @@ def label_factors(
     return reference.label_factors(similarity, labels, bins, gamma, tolerance, rank, device=device)
 
 
-def annealed_mean(marginals: Tensor, temperature: Scalar = 0.38, bins: ColorBins | None = None) -> Tensor:
+def annealed_mean(
+    marginals: Tensor, temperature: Scalar = 0.38, bins: ColorBins | None = None, *, logits: bool = False
+) -> Tensor:
     """The annealed mean Σ c q^(1/T) / Σ q^(1/T) of Zhang et al. 2016 (arXiv 1603.08511), equation 5.
+
+    Where no gradient is wanted the kernels of the mean field make it, as a field without a sweep: the labels are read
+    once.
 
     Args:
         marginals: [B, K, H, W], floating, not negative; any strides. They need not sum to 1.
         temperature: T > 0, a float or a 0-dim tensor: 1 is the mean, towards 0 it becomes the mode.
         bins: the label space; the 313 joint bins if left out. Separable bins give a from their first axis, b from
             their second.
+        logits: `marginals` are unary scores u, and q = softmax(u) of each axis of labels: Σ c e^(u/T) / Σ e^(u/T).
 
     Returns:
         ab [B, 2, H, W], float64 for float64 marginals, else float32: 16 bits would band.
@@ -752,8 +758,21 @@ def annealed_mean(marginals: Tensor, temperature: Scalar = 0.38, bins: ColorBins
     """
     bins = _check_marginals(marginals, bins)
     _check_temperature(temperature)
+    batch, _, height, width = marginals.shape
+    wants_gradient = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (marginals, temperature)
+    )
     with torch.autocast(marginals.device.type, enabled=False):
-        return reference.annealed_mean(marginals, temperature, bins)
+        if (
+            wants_gradient
+            or marginals.dtype == torch.float64
+            or marginals.numel() == 0
+            or _chosen(marginals.device, _backend.forced()) == "reference"
+        ):
+            return reference.annealed_mean(marginals, temperature, bins, logits)
+        unary = marginals if logits else marginals.float().log()
+        guide = unary.new_zeros(batch, 1, height, width)
+        return _run(unary, guide, {**_DEFAULTS, "bins": bins, "radius": 1, "sweeps": 0}, temperature)
 
 
 def mode(marginals: Tensor, bins: ColorBins | None = None) -> Tensor:

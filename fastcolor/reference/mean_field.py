@@ -303,8 +303,8 @@ def elbo(
 
 
 def finite_log(q: Tensor) -> tuple[Tensor, Tensor]:
-    """log q where q is a normal number, else 0; and where it is not. In the backward 1 / q would overflow there."""
-    there = q >= torch.finfo(q.dtype).tiny
+    """log q, but 0 where q is below the normal numbers; and where that is. In the backward 1 / q would overflow there."""
+    there = ~(q < torch.finfo(q.dtype).tiny)
     return torch.where(there, q, 1).log(), ~there
 
 
@@ -320,11 +320,16 @@ def expected_colors(q: Tensor, bins: ColorBins) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def annealed_mean(marginals: Tensor, temperature: Scalar, bins: ColorBins | None = None) -> Tensor:
+def annealed_mean(
+    marginals: Tensor, temperature: Scalar, bins: ColorBins | None = None, logits: bool = False
+) -> Tensor:
     """ab [B, 2, H, W]. See `fastcolor.annealed_mean`."""
     bins = resolve_bins(bins, marginals.shape[1])
-    log_q, absent = finite_log(working(marginals))
-    scores = (log_q / temperature).masked_fill(absent, -torch.inf)
+    if logits:
+        scores = working(marginals) / temperature
+    else:
+        log_q, absent = finite_log(working(marginals))
+        scores = (log_q / temperature).masked_fill(absent, -torch.inf)
     return expected_colors(softmax(scores, label_axes(bins, bins.count)), bins)
 
 

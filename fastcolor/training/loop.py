@@ -103,11 +103,7 @@ def split_lab(rgb: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 def predict_ab(output: Tensor, bins: ColorBins | None, temperature: float = _TEMPERATURE) -> Tensor:
     """The network's output to ab at its own grid: the annealed mean of logits, or the regression itself."""
-    if bins is None:
-        return output.float()
-    logits = output.float()
-    q = torch.cat([logits[:, place].softmax(1) for place, _ in bins.groups()], dim=1)
-    return annealed_mean(q, temperature, bins)
+    return output.float() if bins is None else annealed_mean(output, temperature, bins, logits=True)
 
 
 class Run:

@@ -707,6 +707,23 @@ def test_annealed_mean_with_zeros_and_small_numbers():
     assert largest(ab[0, :, 0], torch.tensor([[-30.0, 5.0], [10.0, 10.0]], dtype=torch.float64)) <= EXACT
 
 
+def test_annealed_mean_with_nan():
+    q = torch.full((1, 5, 1, 2), 0.2)
+    q[0, 2, 0, 0] = torch.nan
+    for backend in ("reference", "auto"):
+        with fastcolor.use_backend(backend):
+            ab = annealed_mean(q, bins=SMALL)
+        assert ab[0, :, 0, 0].isnan().all() and ab[0, :, 0, 1].isfinite().all()
+
+
+def test_annealed_mean_of_logits_is_differentiable_and_compiles():
+    logits = problem((1, 5, 2, 3))[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: annealed_mean(u, 0.5, SMALL, logits=True), logits)
+    u = logits.detach().float()
+    compiled = torch.compile(lambda u: annealed_mean(u, 0.5, SMALL, logits=True), backend="aot_eager", fullgraph=True)
+    assert largest(compiled(u), annealed_mean(logits.detach(), 0.5, SMALL, logits=True)) <= 1e-3
+
+
 def test_entropy():
     q = problem((2, 5, 3, 4))[0].softmax(1)
     assert largest(entropy(q), -(q * q.log()).sum(1, keepdim=True)) <= 1e-12
@@ -1092,6 +1109,29 @@ def test_gradients_in_16_bits(backend, dtype, step):
             q.backward(cast(upstream))
         grads.append(u.grad)
     assert grads[0].dtype == dtype and relative(*grads) <= step
+
+
+@every_simd
+@on_kernels
+@pytest.mark.parametrize("bins", [JOINT, SEPARABLE, SMALL], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_annealed_mean_of_logits_and_of_marginals(backend, bins, dtype):
+    for shape in ((2, bins.count, 5, 7), (1, bins.count, 1, 1), (0, bins.count, 3, 2)):
+        logits = (problem(shape)[0] * 2).to(dtype)
+        q = torch.cat([logits[:, a:b].double().softmax(1) for a, b, _ in axes_of(bins, bins.count)], 1)
+        for temperature in (0.1, 0.38, 1.0, torch.tensor(0.7)):
+            bound = 2e-3 / min(float(temperature), 1)
+            expected = annealed_mean(logits.double(), temperature, bins, logits=True)
+            assert largest(expected, annealed_mean(q, temperature, bins)) <= EXACT
+            for layout in LAYOUTS:
+                u, p = logits.contiguous(memory_format=layout), q.to(dtype).contiguous(memory_format=layout)
+                before = p.clone()
+                with fastcolor.use_backend(backend.name):
+                    of_logits = annealed_mean(u, temperature, bins, logits=True)
+                    of_marginals = annealed_mean(p, temperature, bins)
+                assert of_logits.dtype == torch.float32 and largest(of_logits, expected) <= bound
+                assert largest(of_marginals, annealed_mean(before.double(), temperature, bins)) <= bound
+                assert torch.equal(p, before)
 
 
 @every_simd

@@ -1,0 +1,108 @@
+"""Annealed mean of a network's logits, against what others run: a softmax, a power and a product with the colours.
+
+`python -m benchmarks.ops.annealed_mean [--size 480x270] [--device cpu|cuda] [--json FILE] [--quick]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import fastcolor
+from benchmarks import timing
+from benchmarks.timing import Candidate
+from fastcolor.bins import ColorBins
+from fastcolor.ops import _backend
+from fastcolor.reference import mean_field as reference
+
+BINS = ColorBins()
+TEMPERATURE = 0.38
+BOUND = 5e-3  # of ab, against float64
+
+
+def unfused(logits: torch.Tensor) -> torch.Tensor:
+    """The steps of Zhang et al. 2016, equation 5, one tensor each."""
+    q = (logits / TEMPERATURE).softmax(1)
+    return torch.einsum("bkhw,kc->bchw", q, BINS.centers.to(q))
+
+
+def benchmark(width: int, height: int, options) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(1, BINS.count, height, width, generator=generator) * 4
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for order, layout in (("labels last", torch.channels_last), ("planes", torch.contiguous_format)):
+            logits = wide.to(dtype).contiguous(memory_format=layout)
+            exact = reference.annealed_mean(logits.double(), TEMPERATURE, BINS, True)
+            logits = logits.to(options.device)
+            moved = logits.numel() * logits.element_size() + 8 * width * height
+            title = f"annealed mean, {width}×{height}, K = {BINS.count}, {dtype}, {order}"
+            rows += table(title, moved, logits, exact, options)
+    return rows
+
+
+def table(title: str, moved: int, logits: torch.Tensor, exact: torch.Tensor, options) -> list[dict]:
+    def ours():
+        if _backend.choose("mean_field", logits.device).name == "reference":
+            raise ImportError(f"mean_field has no kernel for {logits.device.type}")
+        return lambda i: fastcolor.annealed_mean(logits, TEMPERATURE, BINS, logits=True)
+
+    def compiled():
+        torch._dynamo.reset()
+        function = torch.compile(unfused)
+        function(logits.float())
+        return lambda i: function(logits.float())
+
+    peers = [("fastcolor", ours), ("unfused PyTorch", lambda: lambda i: unfused(logits.float()))]
+    if not options.quick:
+        peers.append(("the same by torch.compile", compiled))
+    candidates = [timing.plain_copy(moved, options.device)]
+    for name, build in peers:
+        candidate = Candidate(name, None, ours=name == "fastcolor")
+        candidates.append(candidate)
+        try:
+            run = build()
+        except Exception as error:  # no kernel, no compiler, or one that fails
+            candidate.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            continue
+        candidate.error = (run(0).cpu().double() - exact).abs().max().item()
+        if candidate.ours and not candidate.error <= BOUND:
+            candidate.why_not = f"off by {candidate.error:.2g}, more than {BOUND:g}"
+            continue
+        candidate.run = run
+    able = [c for c in candidates if c.run]
+    times = timing.measure(able, options.device, rounds=3 if options.quick else 11, calls=4)
+    context = {"title": title, "error_unit": "ab", "oracle": "our reference in float64"}
+    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
+    timing.show(rows, title)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.annealed_mean", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="480x270", help="width x height")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
+    parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
+    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
+    parser.add_argument("--commit", help="to record, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    torch.set_num_threads(options.threads)
+    try:
+        width, height = (int(n) for n in options.size.split("x"))
+    except ValueError:
+        parser.error(f"--size must look like 480x270, got {options.size}")
+    record = timing.machine(options.device, options.commit)
+    rows = benchmark(width, height, options)
+    if options.json:
+        print(f"written: {timing.write(options.json, 'annealed_mean', options.device, record, rows).name}")
+    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
