@@ -26,7 +26,7 @@ def test_dry_run(tmp_path):
     assert "passed  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
     assert "passed  benchmark mean_field" in ran.stdout
     files = {path.name.partition("--")[0]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    assert set(files) == {"lab", "loss", "mean_field", "render", "tests"}
+    assert set(files) == {"annealed_mean", "lab", "loss", "mean_field", "render", "tests"}
     assert files["tests"]["pytest"]["failures"] == 0
     rows = files["lab"]["rows"]
     assert {r["op"] for r in rows} == {"rgb_to_lab", "lab_to_rgb"}

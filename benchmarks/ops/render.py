@@ -64,16 +64,48 @@ def rgb_peers(inputs: tuple[Tensor, Tensor, Tensor], device: str, quick: bool) -
 
         return run
 
-    def eager():
-        scale = tuple(a / b for a, b in zip(ab.shape[2:], L.shape[2:], strict=True))
-        return lambda i: reference.render(ab, guide, L, scale, 3.0, torch.uint8, "preserve_lightness", True)
+    def scikit_image():
+        on_cpu_only(device)
+        from skimage.color import lab2rgb
+        from skimage.transform import resize
+
+        chroma, light = interleaved(ab[0]).numpy(), L[0, 0].numpy()
+
+        def run(i: int):
+            full = resize(chroma, light.shape, order=1)
+            return (lab2rgb(np.dstack((light, full))) * 255 + 0.5).astype(np.uint8)
+
+        return run
+
+    def kornia():
+        from kornia.color import lab_to_rgb
+
+        def run(i: int):
+            full = F.interpolate(ab, L.shape[2:], mode="bilinear", align_corners=False)
+            return lab_to_rgb(torch.cat((L, full), 1)).mul_(255).round_().to(torch.uint8)
+
+        return run
+
+    scale = tuple(a / b for a, b in zip(ab.shape[2:], L.shape[2:], strict=True))
+
+    def upsampled(ab: Tensor, guide: Tensor, L: Tensor) -> Tensor:
+        return reference.render(ab, guide, L, scale, 3.0, torch.uint8, "preserve_lightness", True)
+
+    def compiled():
+        torch._dynamo.reset()
+        function = torch.compile(upsampled)
+        function(ab, guide, L)
+        return lambda i: function(ab, guide, L)
 
     for backend in ("cuda", "triton") if device == "cuda" else ("cpp",):
         yield f"fastcolor {backend}, lightness kept", ours(backend, "preserve_lightness")
         yield f"fastcolor {backend}, clipped", ours(backend, "clip")
     yield "bilinear and OpenCV float32, clipped", opencv
     if not quick:
-        yield "our reference, PyTorch eager", eager
+        yield "bilinear and scikit-image, clipped", scikit_image
+        yield "bilinear and kornia, clipped", kornia
+        yield "our reference, PyTorch eager", lambda: lambda i: upsampled(ab, guide, L)
+        yield "our reference, torch.compile", compiled
 
 
 def uv_peers(inputs: tuple[Tensor, Tensor, Tensor], luma: Tensor, device: str, quick: bool) -> Iterator[Peer]:
@@ -118,8 +150,8 @@ def table(title: str, moved: int, peers: Iterator[Peer], exact: dict[str, Tensor
         candidates.append(candidate)
         try:
             candidate.run = build()
-        except ImportError as error:
-            candidate.why_not = str(error)
+        except Exception as error:  # no kernel, a peer that is not there, no compiler, or one that fails
+            candidate.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             continue
         expected = next((e for ending, e in exact.items() if name.endswith(ending)), None)
         if candidate.ours and expected is not None:

@@ -303,7 +303,7 @@ def elbo(
 
 
 def finite_log(q: Tensor) -> tuple[Tensor, Tensor]:
-    """log q, but 0 where q is below the normal numbers; and where that is. In the backward 1 / q would overflow there."""
+    """log q, but 0 where q is below the normal numbers; and where that is. In the backward 1 / q overflows."""
     there = ~(q < torch.finfo(q.dtype).tiny)
     return torch.where(there, q, 1).log(), ~there
 
