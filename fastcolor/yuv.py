@@ -72,6 +72,11 @@ class YuvFormat:
         """Whether chroma lies on every second luma sample, (down, across), and not between two."""
         return self.chroma_location == "topleft", self.chroma_location != "center"
 
+    @property
+    def offsets(self) -> tuple[float, float]:
+        """Where the first chroma sample lies, (down, across), in luma samples from the edge of the frame."""
+        return tuple(0.5 if on else step / 2 for step, on in zip(self.steps, self.cosited, strict=True))
+
     def chroma_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the chroma planes of a frame; odd sides are rounded up."""
         down, across = self.steps

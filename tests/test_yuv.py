@@ -15,7 +15,7 @@ import fastcolor
 from fastcolor import YuvFormat
 from fastcolor.reference import lab
 from fastcolor.reference import render as reference
-from fastcolor.yuv import MATRICES, _to_xyz
+from fastcolor.yuv import LOCATIONS, MATRICES, _to_xyz
 
 FORMATS = [
     YuvFormat("444", bits, matrix, full_range)
@@ -98,7 +98,7 @@ def test_what_a_player_decodes(yuv):
 @pytest.mark.parametrize("location", ["left", "center", "topleft"])
 @pytest.mark.parametrize("subsampling", ["420", "422"])
 def test_chroma_lies_where_it_should(subsampling, location):
-    """A ramp of luma and of chroma: at each chroma sample both have the value of its place."""
+    """A ramp of luma: at each chroma sample it has the value of its place."""
     yuv = YuvFormat(subsampling, 16, full_range=True, chroma_location=location)
     (down, across), cosited = yuv.steps, yuv.cosited
     y = torch.arange(12.0, dtype=torch.float64)[:, None] * 100 + torch.arange(16.0, dtype=torch.float64)
@@ -109,6 +109,36 @@ def test_chroma_lies_where_it_should(subsampling, location):
     expected = rows[:, None] * 100 + columns
     inner = (slice(1, None), slice(1, None))  # the first samples repeat the border
     assert torch.allclose(at[inner], expected[inner].double())
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("subsampling", "location"), [(s, p) for s in ("422", "420") for p in LOCATIONS])
+def test_colours_are_taken_from_where_chroma_lies(subsampling, location, backend):
+    """On flat luma, a chroma sample has the colour of 4:4:4 at its place: on a luma sample, or between two."""
+    ab = torch.linspace(-30, 30, 8)
+    luma, guide = torch.full((1, 1, 32, 32), 30000, dtype=torch.int32).to(torch.uint16), torch.full((1, 1, 8, 8), 50.0)
+    for across in (False, True):
+        ramp = (ab if across else ab[:, None]).expand(1, 2, 8, 8)
+        with fastcolor.use_backend(backend):
+            full = fastcolor.render_uv(ramp, guide, luma, YuvFormat("444", 16, full_range=True))[0]
+            yuv = YuvFormat(subsampling, 16, full_range=True, chroma_location=location)
+            ours = fastcolor.render_uv(ramp, guide, luma, yuv)[0]
+        line, own = (x[0, 0, :, 8].double() if not across else x[0, 0, 8].double() for x in (full, ours))
+        step = yuv.steps[across]
+        on_sample = {"topleft": (True, True), "left": (False, True), "center": (False, False)}[location][across]
+        expected = line if step == 1 else line[::2] if on_sample else (line[::2] + line[1::2]) / 2
+        inner = slice(3, -3)
+        assert (line[inner].diff().abs() > 100).all()  # the ramp is there to tell one place from another
+        assert (own[inner] - expected[inner]).abs().max() <= 60  # half a luma sample is 400 or more
+
+
+def test_reference_planes_do_not_depend_on_autocast():
+    ab, guide = torch.randn(1, 2, 4, 4) * 20, torch.full((1, 1, 4, 4), 50.0)
+    luma = torch.randint(16, 236, (1, 1, 16, 16), dtype=torch.uint8)
+    with fastcolor.use_backend("reference"):
+        plain = fastcolor.render_uv(ab, guide, luma, YuvFormat())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert all(map(torch.equal, fastcolor.render_uv(ab, guide, luma, YuvFormat()), plain))
 
 
 @pytest.mark.parametrize(

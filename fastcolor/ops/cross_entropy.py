@@ -184,23 +184,31 @@ _cross_entropy_backward = torch.ops.fastcolor.color_cross_entropy_backward.defau
 
 class _CrossEntropy(torch.autograd.Function):
     """A scalar loss leaves its gradient in the forward. That of each pixel has factors which only the backward knows:
-    it reads the logits once more, where a product with a kept gradient would read and write as much as they are."""
+    it reads the logits once more, where a product with a kept gradient would read and write as much as they are.
+
+    In float16 a mean's parts would vanish before a gradient scaler's factor reaches them: the sum's are kept instead.
+    """
 
     @staticmethod
     def forward(ctx, logits, ab, weights, ignore, *fixed):
-        each = fixed[-1] == "none"
-        loss, grad = _cross_entropy(logits, ab, weights, ignore, *fixed, not each)
-        ctx.fixed, ctx.each = fixed, each
-        ctx.save_for_backward(*((logits, ab, weights, ignore) if each else (grad,)))
-        return loss
+        *options, reduction = fixed
+        ctx.options, ctx.each, ctx.count = options, reduction == "none", None
+        if reduction == "mean" and logits.dtype == torch.float16:
+            ctx.count = ab[:, 0].numel() if ignore is None else ab[:, 0].numel() - ignore.sum()
+            reduction = "sum"
+        loss, grad = _cross_entropy(logits, ab, weights, ignore, *options, reduction, not ctx.each)
+        ctx.save_for_backward(*((logits, ab, weights, ignore) if ctx.each else (grad,)))
+        return loss if ctx.count is None else loss / ctx.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        none = (None,) * (3 + len(ctx.fixed))
+        none = (None,) * (4 + len(ctx.options))
         if ctx.each:
-            return _cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.fixed[:-1]), *none
+            return _cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.options), *none
         (grad,) = ctx.saved_tensors
+        if ctx.count is not None:
+            upstream = upstream / (max(1, ctx.count) if isinstance(ctx.count, int) else ctx.count.clamp_min(1))
         if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
             return (grad * upstream).to(grad.dtype), *none  # a graph that is kept may be gone through again
         # On the CPU a look at the factor is free, and a pass over the gradient is not: nearly always it is 1.

@@ -122,7 +122,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         rows, matrix, offset = ctx.saved_tensors
-        factor = upstream / ctx.count
+        factor = upstream / max(1, ctx.count)
         shape, of_weight, of_bias = ctx.types
         grad_features = (rows * factor).to(rows.dtype).view(ctx.shape).movedim(-1, 1)
         grad_bias = (offset * factor).to(of_bias) if ctx.has_bias else None

@@ -34,7 +34,7 @@ def _launch_render(
     rgb = _fake_render(ab, guide, L, *scale, sigma_light, dtype, preserve_lightness, channels_last)
     out = rgb if dtype in _SAMPLES or dtype == torch.float32 else rgb.float()
     light = float32(L).contiguous()
-    scene, kept = _scene(ab, guide, L.shape[2:], scale, sigma_light, (1, 1), (True, True))
+    scene, kept = _scene(ab, guide, L.shape[2:], scale, sigma_light)
     _backend.native("_cpu").render(
         scene, light.data_ptr(), out.data_ptr(), _SAMPLES.get(dtype, 2), channels_last, preserve_lightness
     )
@@ -42,11 +42,11 @@ def _launch_render(
     return out.to(dtype)
 
 
-def _scene(ab, guide, size, scale, sigma_light, steps, cosited):
+def _scene(ab, guide, size, scale, sigma_light, steps=(1, 1), offsets=(0.5, 0.5)):
     """RenderProblem of kernels/cpu/render.h, and the tensors that it points to."""
     kept = [float32(ab).contiguous(), float32(guide).contiguous()]
-    for n, s, step, on in zip(size, scale, steps, cosited, strict=True):
-        kept += _places(n, s, step, 0.5 if on else step / 2)
+    for n, s, step, offset in zip(size, scale, steps, offsets, strict=True):
+        kept += _places(n, s, step, offset)
     scene = _backend.native("_cpu").RenderProblem(
         *(x.data_ptr() for x in kept[:2]), ab.shape[0], *ab.shape[2:], *size, *(x.data_ptr() for x in kept[2:]),
         0.5 * math.log2(math.e) / sigma_light**2, reference.FLOOR, torch.get_num_threads(),
@@ -68,7 +68,7 @@ def _launch_render_uv(
     if luma.numel() == 0:
         return u, v
     planes = luma if luma.stride(3) == 1 else luma.contiguous()
-    scene, kept = _scene(ab, guide, size, scale, sigma_light, yuv.steps, yuv.cosited)
+    scene, kept = _scene(ab, guide, size, scale, sigma_light, yuv.steps, yuv.offsets)
     matrix = torch.tensor(yuv.xyz_to_rgb, dtype=torch.float32)
     red, _, blue = yuv.luma_weights
     _backend.native("_cpu").render_uv(

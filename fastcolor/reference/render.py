@@ -164,8 +164,8 @@ def render_uv(
         return empty, empty.clone()
     size = yuv.chroma_size(height, width)
     rows, columns = (
-        nearest_low(n, s, step, 0.5 if cosited else step / 2, luma.device)
-        for n, s, step, cosited in zip(size, scale, yuv.steps, yuv.cosited, strict=True)
+        nearest_low(n, s, step, offset, luma.device)
+        for n, s, step, offset in zip(size, scale, yuv.steps, yuv.offsets, strict=True)
     )
     y = luma_at_chroma(normalized_luma(luma, yuv), yuv).to(dtype)
     L = grey_to_lightness(y)
@@ -197,7 +197,8 @@ def _unclipped_rgb(L: Tensor, a: Tensor, b: Tensor, yuv: YuvFormat) -> Tensor:
     """R', G', B' [B, 3, ...] of Lab planes [B, 1, ...], also beyond [0, 1]."""
     fy = (L + 16) / 116
     xyz = lab_f_inverse(torch.cat((fy + a / 500, fy, fy - b / 200), 1))
-    return linear_to_srgb(torch.einsum("cd,bdyx->bcyx", L.new_tensor(yuv.xyz_to_rgb), xyz))
+    with torch.autocast(L.device.type, enabled=False):  # it would multiply in 16 bits
+        return linear_to_srgb(torch.einsum("cd,bdyx->bcyx", L.new_tensor(yuv.xyz_to_rgb), xyz))
 
 
 def yuv_to_rgb(

@@ -120,6 +120,18 @@ def test_nothing_to_count():
     assert loss.isnan() and expected.isnan() and (grad == 0).all()
 
 
+def test_scaled_float16_gradients_do_not_vanish():
+    """A gradient scaler's factor comes after the division by the pixels."""
+    u, ab = problem(SPACES["joint"], (1, 128, 128))
+    ignore = torch.zeros(1, 128, 128, dtype=torch.bool)
+    ignore[:, :9] = True
+    for mask in (None, ignore):
+        loss, grad, expected, exact = both(u.half(), ab, 65536.0, ignore=mask)
+        assert (loss - expected).abs() <= 1e-5
+        assert (grad - exact).norm() <= 1e-3 * exact.norm()
+        assert ((grad == 0) & (exact.abs() > 1e-6)).sum() == 0
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_threads_do_not_change_a_bit(last):
     u, ab = problem(SPACES["joint"], (3, 17, 19), last=last)

@@ -52,6 +52,14 @@ def test_is_the_two_operations(backend, kind, reduction, masked, monkeypatch):
         assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5 * theirs.grad.abs().max().item())
 
 
+def test_nothing_to_count():
+    *inputs, ab = problem(ColorBins())
+    inputs = [x.requires_grad_() for x in inputs]
+    loss = fastcolor.head_cross_entropy(*inputs, ab, ignore=torch.ones(2, 5, 7, dtype=torch.bool))
+    loss.backward()
+    assert loss.isnan() and all((x.grad == 0).all() for x in inputs)
+
+
 def test_bfloat16_features_and_float32_weights():
     bins = ColorBins()
     features, weight, bias, ab = problem(bins, dtype=torch.bfloat16)
