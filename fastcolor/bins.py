@@ -105,7 +105,8 @@ class ColorBins:
             centers = centers.to(flat.device, flat.dtype)
             points = flat if self.kind == "joint" else flat[:, axis : axis + 1]
             k = min(neighbors, len(centers))
-            candidates = self.candidates(k, flat.device) if self.kind == "joint" else None
+            looked_up = self.kind == "joint" and not torch.compiler.is_compiling()  # its way depends on the colours
+            candidates = self.candidates(k, flat.device) if looked_up else None
             found = [_nearest(piece, centers, k, candidates) for piece in points.split(chunk)]
             parts.append([torch.cat(part).reshape(*ab.shape[:-1], k) for part in zip(*found, strict=True)])
         return torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
@@ -227,7 +228,7 @@ def soft_encode(bins: ColorBins, ab: Tensor, neighbors: int = 5, sigma: float = 
         index, squared = bins.nearest(ab, 1)
         return index, torch.ones_like(squared)
     index, squared = bins.nearest(ab, neighbors)
+    if math.isinf(sigma):
+        return index, squared * 0 + 1 / squared.shape[-1]
     # softmax of the exponents: the same normalized Gaussian, without 0 / 0 far outside the gamut
-    return index, torch.softmax(squared / (-2 * sigma**2), dim=-1) if math.isfinite(
-        sigma
-    ) else squared * 0 + 1 / squared.shape[-1]
+    return index, torch.softmax(squared / (-2 * sigma * sigma), dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -103,19 +102,29 @@ class YuvFormat:
         red, blue = MATRICES[self.matrix]
         return red, 1 - red - blue, blue
 
-    @cached_property
+    @property
     def xyz_to_rgb(self) -> tuple[tuple[float, float, float], ...]:
         """XYZ / white to linear RGB of the primaries, 3×3: greys are the same in all."""
-        srgb = torch.tensor(XYZ_TO_RGB, dtype=torch.float64) * torch.tensor(WHITE, dtype=torch.float64)
-        if self.primaries == "bt709":
-            return tuple(map(tuple, srgb.tolist()))
-        between = _to_xyz(self.primaries).inverse() @ _to_xyz("bt709")
-        return tuple(map(tuple, (between @ srgb).tolist()))
+        return _FROM_XYZ[self.primaries]
 
 
 def _to_xyz(primaries: str) -> torch.Tensor:
     """Linear RGB to XYZ from the chromaticities: SMPTE RP 177."""
-    columns = torch.tensor([[x / y, 1.0, (1 - x - y) / y] for x, y in PRIMARIES[primaries]], dtype=torch.float64).T
+    columns = torch.tensor(
+        [[x / y, 1.0, (1 - x - y) / y] for x, y in PRIMARIES[primaries]], dtype=torch.float64, device="cpu"
+    ).T
     x, y = _D65
-    white = torch.tensor([x / y, 1.0, (1 - x - y) / y], dtype=torch.float64)
+    white = torch.tensor([x / y, 1.0, (1 - x - y) / y], dtype=torch.float64, device="cpu")
     return columns * torch.linalg.solve(columns, white)
+
+
+def _from_xyz(primaries: str) -> tuple[tuple[float, float, float], ...]:
+    srgb = torch.tensor(XYZ_TO_RGB, dtype=torch.float64, device="cpu") * torch.tensor(
+        WHITE, dtype=torch.float64, device="cpu"
+    )
+    if primaries == "bt709":
+        return tuple(map(tuple, srgb.tolist()))
+    return tuple(map(tuple, (_to_xyz(primaries).inverse() @ _to_xyz("bt709") @ srgb).tolist()))
+
+
+_FROM_XYZ = {primaries: _from_xyz(primaries) for primaries in PRIMARIES}

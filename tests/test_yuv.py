@@ -161,3 +161,10 @@ def test_errors():
     frame = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="guide needs the size of ab"):
         fastcolor.render_uv(torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 3, 2), frame, YuvFormat())
+
+
+def test_reference_compiles_whole():
+    ab, guide = torch.randn(1, 2, 2, 2, dtype=torch.float64) * 20, torch.full((1, 1, 2, 2), 50.0, dtype=torch.float64)
+    luma = torch.randint(16, 236, (1, 1, 8, 8), dtype=torch.uint8)
+    compiled = torch.compile(lambda *x: fastcolor.render_uv(*x, YuvFormat()), backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(ab, guide, luma), fastcolor.render_uv(ab, guide, luma, YuvFormat())))

@@ -15,6 +15,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 _STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/common/storage.h
 _MOST_NEIGHBORS = 16  # of the kernels
+_SMALLEST_SIGMA = 1e-6  # in ab units: far below it, squares of its inverse overflow
 _JOINT = ColorBins()
 
 _backend.offer("color_cross_entropy", "cpp")
@@ -71,8 +72,10 @@ def color_cross_entropy(
         )
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
-    if neighbors < 1 or not sigma > 0:
-        raise ValueError(f"neighbors must be at least 1 and sigma positive, got {neighbors} and {sigma}")
+    if neighbors < 1 or not sigma >= _SMALLEST_SIGMA:
+        raise ValueError(
+            f"neighbors must be at least 1 and sigma at least {_SMALLEST_SIGMA}, got {neighbors} and {sigma}"
+        )
     if _chosen(logits.device, _backend.forced()) == "reference" or _left_to_reference(logits, neighbors):
         return reference.color_cross_entropy(logits, ab, bins, weights, ignore, reduction, neighbors, sigma)
     fixed = (*kernel_options(bins, neighbors, sigma), reduction)
@@ -85,7 +88,7 @@ def kernel_options(bins: ColorBins, neighbors: int, sigma: float) -> tuple:
     """(kind, centers, neighbors, sharpness) of the operations below."""
     count = min(neighbors, len(bins.centers)) if bins.kind == "joint" else 1
     centers = None if bins.own_centers is None else [x for center in bins.own_centers for x in center]
-    return bins.kind, centers, count, 0.5 / sigma**2
+    return bins.kind, centers, count, 0.5 / (sigma * sigma)
 
 
 @torch.compiler.assume_constant_result
@@ -96,8 +99,8 @@ def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
 
 def _left_to_reference(logits: Tensor, neighbors: int) -> bool:
     """Whether kernels do not take this; an error where a backend was asked for."""
-    if logits.dtype == torch.float64:
-        why = "float64 is computed on the reference"
+    if logits.dtype not in _STORAGE:
+        why = f"{logits.dtype} is computed on the reference"
     elif neighbors > _MOST_NEIGHBORS:
         why = f"kernels take up to {_MOST_NEIGHBORS} neighbors, got {neighbors}"
     else:

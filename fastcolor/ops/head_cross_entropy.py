@@ -56,8 +56,9 @@ def head_cross_entropy(
     bins = bins or op._JOINT
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
-    if features.ndim != 4 or not features.is_floating_point():
-        raise ValueError(f"features must be floating [B, C, H, W], got {features.dtype} {list(features.shape)}")
+    if not isinstance(features, Tensor) or features.ndim != 4 or not features.is_floating_point():
+        got = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"features must be floating [B, C, H, W], got {got}")
     labels, channels = bins.count, features.shape[1]
     if weight.numel() != labels * channels or weight.shape[:2] != (labels, channels):
         raise ValueError(f"weight must have shape [{labels}, {channels}] for {bins}, got {list(weight.shape)}")
@@ -70,15 +71,16 @@ def head_cross_entropy(
     if few or on_reference or not wants or op._left_to_reference(features, neighbors) or torch.compiler.is_compiling():
         cast = [None if x is None else x.to(features.dtype) for x in (weight.reshape(labels, channels, 1, 1), bias)]
         return op.color_cross_entropy(F.conv2d(features, *cast), ab, reduction=reduction, **options)
-    # checks what both have in common, on no pixel at all
+    shape = [features.shape[0], 2, *features.shape[2:]]
+    if not isinstance(ab, Tensor) or list(ab.shape) != shape:
+        raise ValueError(f"ab must have shape {shape}, got {list(getattr(ab, 'shape', ()))}")
+    if ignore is not None and list(ignore.shape) != shape[:1] + shape[2:]:
+        raise ValueError(f"ignore must have shape {shape[:1] + shape[2:]}, got {list(ignore.shape)}")
+    # checks the rest as the loss does, on no pixel at all
     part = None if ignore is None else ignore[:0]
     op.color_cross_entropy(
         features.new_empty(0, labels, *features.shape[2:]), ab[:0], reduction="sum", **{**options, "ignore": part}
     )
-    if ab.shape != (features.shape[0], 2, *features.shape[2:]):
-        raise ValueError(f"ab must have shape {[features.shape[0], 2, *features.shape[2:]]}, got {list(ab.shape)}")
-    if ignore is not None and ignore.shape != (features.shape[0], *features.shape[2:]):
-        raise ValueError(f"ignore must have shape {[features.shape[0], *features.shape[2:]]}, got {list(ignore.shape)}")
     fixed = op.kernel_options(bins, neighbors, sigma)
     return _HeadCrossEntropy.apply(features, weight, bias, ab, weights, ignore, reduction == "mean", fixed)
 

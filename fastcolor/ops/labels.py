@@ -64,7 +64,7 @@ def nearest_labels(ab: Tensor, bins: ColorBins, neighbors: int = 1) -> tuple[Ten
     k = min(neighbors, len(bins.centers))
     space = tables(bins.kind, bins.own_centers, k)
     shape = (space.axes, *ab.shape[:-1], k)
-    index, squared = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float32)
+    index, squared = ab.new_empty(shape, dtype=torch.int64), ab.new_empty(shape)
     flat = ab.contiguous()
     _backend.native("_cpu").nearest_labels(
         space.native, flat.data_ptr(), True, 1, flat.numel() // 2, k, index.data_ptr(), squared.data_ptr(),
@@ -78,7 +78,7 @@ def label_histogram(ab: Tensor, bins: ColorBins) -> Tensor:
     if not _on_cpp(ab):
         return bins.histogram(ab)
     space = tables(bins.kind, bins.own_centers, 1)
-    counts = torch.empty(bins.count, dtype=torch.int64)
+    counts = ab.new_empty(bins.count, dtype=torch.int64)
     flat = ab.contiguous()
     _backend.native("_cpu").label_histogram(
         space.native, flat.data_ptr(), True, 1, flat.numel() // 2, counts.data_ptr(), torch.get_num_threads()

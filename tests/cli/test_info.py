@@ -20,7 +20,7 @@ def test_info_names_what_would_run(monkeypatch):
     if _backend.missing("cpp") is None:
         assert re.search(r"rgb_to_lab\W+cpu\W+cpp\W+the fastest on cpu", text)
         assert re.search(r"color_cross_entropy\W+cpu\W+cpp", text)
-    assert re.search(r"render\W+cpu\W+cpp", text)
+        assert re.search(r"render\W+cpu\W+cpp", text)
 
 
 def test_info_follows_a_wish(monkeypatch):

@@ -125,7 +125,7 @@ def test_empty_batch():
         ({"weights": torch.ones(2)}, r"weights must have shape \[313\], got \[2\]"),
         ({"ignore": torch.zeros(1, 2, 2)}, "ignore must be bool"),
         ({"reduction": "max"}, "reduction must be one of mean, sum, none; got 'max'"),
-        ({"sigma": 0.0}, "sigma positive"),
+        ({"sigma": 0.0}, "sigma at least 1e-06"),
     ],
 )
 def test_errors(change, message):
@@ -137,3 +137,17 @@ def test_errors(change, message):
 def test_type_errors():
     with pytest.raises(TypeError, match="logits must be a floating tensor, got torch.int64"):
         fastcolor.color_cross_entropy(torch.zeros(1, 313, 1, 1, dtype=torch.int64), torch.zeros(1, 2, 1, 1))
+
+
+def test_reference_compiles_whole():
+    logits, ab = torch.randn(1, 313, 3, 4, dtype=torch.float64), torch.randn(1, 2, 3, 4, dtype=torch.float64) * 40
+    compiled = torch.compile(fastcolor.color_cross_entropy, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(logits, ab), fastcolor.color_cross_entropy(logits, ab))
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 1e200])
+def test_extreme_widths(sigma):
+    logits, ab = torch.randn(1, 313, 3, 4), torch.randn(1, 2, 3, 4) * 40
+    loss = fastcolor.color_cross_entropy(logits, ab, sigma=sigma)
+    exact = fastcolor.color_cross_entropy(logits.double(), ab.double(), sigma=sigma)
+    assert torch.allclose(loss.double(), exact, rtol=1e-4)
