@@ -1,0 +1,100 @@
+"""The Triton kernels of the rendering without a GPU: under the tests of test_render.py in the interpreter
+(TRITON_INTERPRET=1), and compiled for a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+from helpers import Backend
+from test_render import (  # noqa: F401, they are collected here too
+    test_chroma_planes_match_float64,
+    test_compile_fullgraph,
+    test_every_luma,
+    test_luma_rows_that_lie_apart,
+    test_matches_float64,
+    test_nan,
+    test_opcheck,
+    test_other_inputs,
+    test_types_of_numbers,
+)
+
+import fastcolor
+from fastcolor.ops import _backend
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+compiled = pytest.mark.skipif(_backend.interpreting(), reason="nothing is compiled under TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def backend():
+    if not _backend.interpreting():
+        pytest.skip("runs under TRITON_INTERPRET=1")
+    with fastcolor.use_backend("triton"):
+        yield Backend("triton", "cpu")
+
+
+@pytest.fixture
+def simd():
+    """No instruction sets here."""
+
+
+# --- ahead of time: a kernel that no longer compiles fails here, without a GPU --------------------------------------
+
+TABLES = ("i32", "fp32", "i32", "fp32")
+LARGEST = {"u8": 255, "u16": 65535}
+
+
+def signatures():
+    """Every kernel with the types that it is launched with: (name, pointers, integers, floats, constants)."""
+    for low, light, result in (
+        ("fp32", "fp32", "u8"), ("fp32", "fp32", "u16"), ("fp32", "fp32", "fp32"), ("fp16", "fp16", "fp16"),
+        ("bf16", "bf16", "bf16"),
+    ):  # fmt: skip
+        for preserve in (False, True) if result == "u8" else (True,):
+            for interleaved in (False, True) if result in ("u8", "fp32") else (False,):
+                constants = {"LARGEST": LARGEST.get(result, 0), "PRESERVE": preserve, "INTERLEAVED": interleaved}
+                yield "render_kernel", (low, low, light, result, *TABLES), 5, 2, constants
+    for sample, down, before_down, across, before_across in (
+        ("u8", 2, 0, 2, 1), ("u8", 2, 0, 2, 0), ("u16", 2, 1, 2, 1), ("u16", 1, 0, 2, 1), ("u16", 1, 0, 1, 0),
+    ):  # fmt: skip
+        constants = {"DOWN": down, "BEFORE_DOWN": before_down, "ACROSS": across, "BEFORE_ACROSS": before_across}
+        yield "render_uv_kernel", ("fp32", "fp32", sample, sample, sample, *TABLES), 9, 19, constants
+    for sample in ("u8", "u16"):
+        yield "look_up_kernel", (sample, "fp32", "fp32"), 1, 0, {}
+
+
+@compiled
+@pytest.mark.parametrize("arch", [80, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("name", sorted({signature[0] for signature in signatures()}))
+def test_compiles_ahead_of_time(name, arch):
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+        pytest.skip("triton < 3.3 takes signatures in another form")
+    from fastcolor.kernels.triton import render
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(render, name)
+    for _, pointers, integers, floats, constants in (s for s in signatures() if s[0] == name):
+        types = [*(f"*{p}" for p in pointers), *["i32"] * integers, *["fp32"] * floats]
+        types += ["constexpr"] * (len(constants) + 1)
+        signature = dict(zip(kernel.arg_names, types, strict=True))
+        # as at run time: addresses and sizes of ordinary pictures are multiples of 16
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (argument, kind) in enumerate(signature.items())
+            if kind[0] == "*" or argument in ("width", "luma_row", "luma_image")
+        }
+        block = render.LOOK_UP if name == "look_up_kernel" else render.BLOCK
+        source = ASTSource(kernel, signature, {**constants, "BLOCK": block}, aligned)
+        options = {"num_warps": 4, "enable_fp_fusion": True}
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        assert binary.asm["cubin"]
+        ptx = binary.asm["ptx"]
+        if name == "render_kernel":
+            wide = 2 + (pointers[2] == "fp32")  # the two tables of columns, and L
+            assert ptx.count("ld.global.v4") == wide  # 16 bytes a thread and access
+            if pointers[3] == "fp32" and not constants["INTERLEAVED"]:
+                assert ptx.count("st.global.v4") == 3
+        if name == "look_up_kernel":
+            assert ptx.count("st.global.v4") == 2  # eight samples of a thread
