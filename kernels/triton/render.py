@@ -17,7 +17,6 @@ from fastcolor.kernels.triton.lab import (
     _from_linear,
     _gamut_scale,
     _lab_to_linear,
-    _store,
     _to_linear,
 )
 from torch import Tensor
@@ -25,8 +24,8 @@ from torch import Tensor
 from fastcolor.reference.lab import LEVELS
 from fastcolor.yuv import YuvFormat
 
-BLOCK = 512  # pixels of a program, all of one row; four for each thread
-NARROW = 128  # where rows are short
+BLOCK = 512  # pixels of a program; with four warps four for each thread
+COLUMNS = (32, 128, 512)  # of them, by the width of the result; the others lie in rows below
 LOOK_UP = 1024
 
 
@@ -56,17 +55,26 @@ def _between(x, low, high):
 
 
 @triton.jit
-def _row(program, blocks, height, BLOCK: tl.constexpr):
-    """The image and the row of a program, and the first of its columns."""
-    line = program // blocks
-    return (line // height).to(tl.int64), line % height, (program % blocks) * BLOCK
+def _tile(across, down, height, width, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The image of this program, the rows (one number where it is one row) and columns of its pixels, and which of
+    them are inside; rows are brought inside.
+    """
+    program = tl.program_id(0)
+    image = (program // (across * down)).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    x = (program % across) * COLUMNS + i % COLUMNS
+    y = (program // across) % down
+    inside = x < width
+    if COLUMNS < BLOCK:
+        y = y * (BLOCK // COLUMNS) + i // COLUMNS
+        inside = inside & (y < height)
+        y = tl.minimum(y, height - 1)
+    return image, y, x, inside
 
 
 @triton.jit
-def _before(at_ptr, beyond_ptr, i, inside):
+def _before(at, beyond):
     """The low-resolution position before a place, and the share of the one behind it."""
-    at = tl.load(at_ptr + i, mask=inside, other=0)
-    beyond = tl.load(beyond_ptr + i, mask=inside, other=0.0)
     return tl.where(beyond < 0, at - 1, at), tl.where(beyond < 0, beyond + 1, beyond)
 
 
@@ -76,8 +84,10 @@ def _upsample(
     low_height, low_width, sharpness, floor,
 ):  # fmt: skip
     """a and b of pixels x of row y, given their lightness; 0 for those that are not inside."""
-    above, low = _before(rows_at_ptr, rows_beyond_ptr, y, True)
-    left, behind = _before(columns_at_ptr, columns_beyond_ptr, x, inside)
+    above, low = _before(tl.load(rows_at_ptr + y), tl.load(rows_beyond_ptr + y))
+    left, behind = _before(
+        tl.load(columns_at_ptr + x, mask=inside, other=0), tl.load(columns_beyond_ptr + x, mask=inside, other=0.0)
+    )
     high = 1 - low
     ahead = 1 - behind
     right = tl.minimum(tl.maximum(left + 1, 0), low_width - 1)
@@ -109,15 +119,14 @@ def _upsample(
 @triton.jit
 def render_kernel(
     ab_ptr, guide_ptr, L_ptr, rgb_ptr, rows_at_ptr, rows_beyond_ptr, columns_at_ptr, columns_beyond_ptr,
-    blocks, height, width, low_height, low_width, sharpness, floor,
-    LARGEST: tl.constexpr, PRESERVE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+    across, down, height, width, low_height, low_width, sharpness, floor,
+    LARGEST: tl.constexpr, PRESERVE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, y, first = _row(tl.program_id(0), blocks, height, BLOCK)
-    x = first + tl.arange(0, BLOCK)
-    inside = x < width
+    image, y, x, inside = _tile(across, down, height, width, COLUMNS, BLOCK)
     pixels = height.to(tl.int64) * width
-    start = y.to(tl.int64) * width + first
-    L = tl.load(L_ptr + image * pixels + start + tl.arange(0, BLOCK), mask=inside, other=0.0).to(tl.float32)
+    row = y.to(tl.int64) * width
+    L = tl.load(L_ptr + image * pixels + row + x, mask=inside, other=0.0).to(tl.float32)
     a, b = _upsample(
         ab_ptr, guide_ptr, rows_at_ptr, rows_beyond_ptr, columns_at_ptr, columns_beyond_ptr, image, y, x, inside, L,
         low_height, low_width, sharpness, floor,
@@ -127,10 +136,20 @@ def render_kernel(
         a = t * a
         b = t * b
     red, green, blue = _lab_to_linear(L, a, b)
-    _store(
-        rgb_ptr, image, start, width - first, pixels,
-        _encode(red, LARGEST), _encode(green, LARGEST), _encode(blue, LARGEST), INTERLEAVED, BLOCK,
-    )  # fmt: skip
+    red = _encode(red, LARGEST)
+    green = _encode(green, LARGEST)
+    blue = _encode(blue, LARGEST)
+    to = rgb_ptr.dtype.element_ty
+    if INTERLEAVED:  # as rows of four samples, the last masked off: see _store of lab.py
+        samples = tl.join(tl.join(red, blue), tl.join(green, green)).reshape(BLOCK, 4)
+        c = tl.arange(0, 4)
+        at = rgb_ptr + (image * pixels + row + x)[:, None] * 3 + c[None, :]
+        tl.store(at, samples.to(to), mask=inside[:, None] & (c < 3)[None, :])
+    else:
+        first = rgb_ptr + image * 3 * pixels + row + x
+        tl.store(first, red.to(to), mask=inside)
+        tl.store(first + pixels, green.to(to), mask=inside)
+        tl.store(first + 2 * pixels, blue.to(to), mask=inside)
 
 
 # --- to the chroma planes of a video frame --------------------------------------------------------------------------
@@ -172,14 +191,12 @@ def _level(x, largest):
 @triton.jit
 def render_uv_kernel(
     ab_ptr, guide_ptr, luma_ptr, u_ptr, v_ptr, rows_at_ptr, rows_beyond_ptr, columns_at_ptr, columns_beyond_ptr,
-    blocks, height, width, low_height, low_width, luma_height, luma_width, luma_row, luma_image,
+    across, down, height, width, low_height, low_width, luma_height, luma_width, luma_row, luma_image,
     sharpness, floor, black, scale, red, blue, rx, ry, rz, gx, gy, gz, bx, by, bz, of_u, of_v, middle, largest,
     DOWN: tl.constexpr, BEFORE_DOWN: tl.constexpr, ACROSS: tl.constexpr, BEFORE_ACROSS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, y, first = _row(tl.program_id(0), blocks, height, BLOCK)
-    x = first + tl.arange(0, BLOCK)
-    inside = x < width
+    image, y, x, inside = _tile(across, down, height, width, COLUMNS, BLOCK)
 
     # luma at the chroma samples: a mean of two, or (1 2 1) / 4 with the one before; repeated at the border
     luma = tl.zeros([BLOCK], tl.float32)
@@ -212,9 +229,9 @@ def render_uv_kernel(
     t2 = _room(bl - own, luma)
     t = tl.where(t0 < t1, t0, t1)
     t = tl.where(t < t2, t, t2)
-    to = image * height * width + y.to(tl.int64) * width + x
-    tl.store(u_ptr + to, _level(t * (bl - own) * of_u + middle, largest).to(u_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_ptr + to, _level(t * (r - own) * of_v + middle, largest).to(v_ptr.dtype.element_ty), mask=inside)
+    row = (image * height + y) * width
+    tl.store(u_ptr + row + x, _level(t * (bl - own) * of_u + middle, largest).to(u_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + row + x, _level(t * (r - own) * of_v + middle, largest).to(v_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -277,10 +294,10 @@ def _launch(kernel, result, tensors, low, sizes, numbers, **constants) -> None:
     batch, height, width = result
     if batch * height * width == 0:
         return
-    block = BLOCK if width > 2 * NARROW else NARROW
-    blocks = triton.cdiv(width, block)
+    columns = COLUMNS[0] if width <= COLUMNS[0] else COLUMNS[1] if width <= 2 * COLUMNS[1] else COLUMNS[2]
+    across, down = triton.cdiv(width, columns), triton.cdiv(height, BLOCK // columns)
     with torch.cuda.device_of(tensors[0]):
-        kernel[(batch * height * blocks,)](
-            *tensors, blocks, height, width, *low, *sizes, *numbers,
-            **constants, BLOCK=block, num_warps=block // 128, enable_fp_fusion=True,
+        kernel[(batch * across * down,)](
+            *tensors, across, down, height, width, *low, *sizes, *numbers,
+            **constants, COLUMNS=columns, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

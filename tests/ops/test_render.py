@@ -209,18 +209,24 @@ def test_nan(backend):
         assert (plane == 0).all()
 
 
-@every_simd
-@pytest.mark.parametrize("bits", [8, 10])
-@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
-def test_chroma_planes_match_float64(backend, subsampling, bits):
-    """Every place of chroma, matrix and range: within one level, and nearly always the same."""
-    ab, guide, _ = scene((5, 6), (1, 1), spread=40.0, device=backend.device)
-    yuv = [
-        fastcolor.YuvFormat(subsampling, bits, matrix, full_range, primaries, location)
+@pytest.fixture
+def formats():
+    """(matrix, range, primaries, location)"""
+    return [
+        (matrix, full_range, primaries, location)
         for matrix, primaries in (("bt601", "bt709"), ("bt709", "bt709"), ("bt2020", "bt2020"))
         for full_range in (False, True)
         for location in ("left", "center", "topleft")
     ]
+
+
+@every_simd
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_chroma_planes_match_float64(backend, formats, subsampling, bits):
+    """Every place of chroma, matrix and range: within one level, and nearly always the same."""
+    ab, guide, _ = scene((5, 6), (1, 1), spread=40.0, device=backend.device)
+    yuv = [fastcolor.YuvFormat(subsampling, bits, *fields) for fields in formats]
     same = total = 0
     for form in yuv:
         for size in ((1, 1), (18, 23), (5, 40)):

@@ -35,6 +35,18 @@ def backend():
 
 
 @pytest.fixture
+def formats():
+    """To the kernels a matrix and a range are numbers: a few of them, with every location twice."""
+    ranges, locations = (False, True), ("left", "center", "topleft")
+    matrices = (("bt601", "bt709"), ("bt709", "bt709"), ("bt2020", "bt2020"))
+    return [
+        (matrix, full_range, primaries, locations[(i + full_range) % 3])
+        for i, (matrix, primaries) in enumerate(matrices)
+        for full_range in ranges
+    ]
+
+
+@pytest.fixture
 def simd():
     """No instruction sets here."""
 
@@ -54,12 +66,12 @@ def signatures():
         for preserve in (False, True) if result == "u8" else (True,):
             for interleaved in (False, True) if result in ("u8", "fp32") else (False,):
                 constants = {"LARGEST": LARGEST.get(result, 0), "PRESERVE": preserve, "INTERLEAVED": interleaved}
-                yield "render_kernel", (low, low, light, result, *TABLES), 5, 2, constants
+                yield "render_kernel", (low, low, light, result, *TABLES), 6, 2, constants
     for sample, down, before_down, across, before_across in (
         ("u8", 2, 0, 2, 1), ("u8", 2, 0, 2, 0), ("u16", 2, 1, 2, 1), ("u16", 1, 0, 2, 1), ("u16", 1, 0, 1, 0),
     ):  # fmt: skip
         constants = {"DOWN": down, "BEFORE_DOWN": before_down, "ACROSS": across, "BEFORE_ACROSS": before_across}
-        yield "render_uv_kernel", ("fp32", "fp32", sample, sample, sample, *TABLES), 9, 19, constants
+        yield "render_uv_kernel", ("fp32", "fp32", sample, sample, sample, *TABLES), 10, 19, constants
     for sample in ("u8", "u16"):
         yield "look_up_kernel", (sample, "fp32", "fp32"), 1, 0, {}
 
@@ -77,16 +89,16 @@ def test_compiles_ahead_of_time(name, arch):
     kernel = getattr(render, name)
     for _, pointers, integers, floats, constants in (s for s in signatures() if s[0] == name):
         types = [*(f"*{p}" for p in pointers), *["i32"] * integers, *["fp32"] * floats]
-        types += ["constexpr"] * (len(constants) + 1)
+        tile = {"BLOCK": render.LOOK_UP} if name == "look_up_kernel" else {"COLUMNS": 512, "BLOCK": render.BLOCK}
+        types += ["constexpr"] * (len(constants) + len(tile))
         signature = dict(zip(kernel.arg_names, types, strict=True))
         # as at run time: addresses and sizes of ordinary pictures are multiples of 16
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or argument in ("width", "luma_row", "luma_image")
+            if kind[0] == "*" or argument in ("width", "luma_row", "luma_image", "n")
         }
-        block = render.LOOK_UP if name == "look_up_kernel" else render.BLOCK
-        source = ASTSource(kernel, signature, {**constants, "BLOCK": block}, aligned)
+        source = ASTSource(kernel, signature, {**constants, **tile}, aligned)
         options = {"num_warps": 4, "enable_fp_fusion": True}
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert binary.asm["cubin"]
