@@ -119,12 +119,11 @@ def _upsample(
 @triton.jit
 def render_kernel(
     ab_ptr, guide_ptr, L_ptr, rgb_ptr, rows_at_ptr, rows_beyond_ptr, columns_at_ptr, columns_beyond_ptr,
-    across, down, height, width, low_height, low_width, sharpness, floor,
+    across, down, height, width, pixels, low_height, low_width, sharpness, floor,
     LARGEST: tl.constexpr, PRESERVE: tl.constexpr, INTERLEAVED: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image, y, x, inside = _tile(across, down, height, width, COLUMNS, BLOCK)
-    pixels = height.to(tl.int64) * width
     row = y.to(tl.int64) * width
     L = tl.load(L_ptr + image * pixels + row + x, mask=inside, other=0.0).to(tl.float32)
     a, b = _upsample(
@@ -146,10 +145,11 @@ def render_kernel(
         at = rgb_ptr + (image * pixels + row + x)[:, None] * 3 + c[None, :]
         tl.store(at, samples.to(to), mask=inside[:, None] & (c < 3)[None, :])
     else:
-        first = rgb_ptr + image * 3 * pixels + row + x
+        first = rgb_ptr + image * pixels * 3 + row + x
+        second = first + pixels  # plane after plane: 2 * pixels could exceed 32 bits
         tl.store(first, red.to(to), mask=inside)
-        tl.store(first + pixels, green.to(to), mask=inside)
-        tl.store(first + 2 * pixels, blue.to(to), mask=inside)
+        tl.store(second, green.to(to), mask=inside)
+        tl.store(second + pixels, blue.to(to), mask=inside)
 
 
 # --- to the chroma planes of a video frame --------------------------------------------------------------------------
@@ -254,7 +254,8 @@ def render(
     shape = (batch, height, width, 3) if channels_last else (batch, 3, height, width)
     rgb = L.new_empty(shape, dtype=dtype)
     _launch(
-        render_kernel, (batch, height, width), (ab, guide, L, rgb, *places), ab.shape[2:], (), (sharpness, floor),
+        render_kernel, (batch, height, width), (ab, guide, L, rgb, *places), (height * width, *ab.shape[2:]),
+        (sharpness, floor),
         LARGEST=LEVELS.get(dtype, 0), PRESERVE=preserve_lightness, INTERLEAVED=channels_last,
     )  # fmt: skip
     return rgb
@@ -275,8 +276,8 @@ def render_uv(
         float((1 << yuv.bits) - 1),
     )  # fmt: skip
     _launch(
-        render_uv_kernel, (batch, *size), (ab, guide, luma, u, v, *places), ab.shape[2:],
-        (height, width, luma.stride(2), luma.stride(0)), numbers,
+        render_uv_kernel, (batch, *size), (ab, guide, luma, u, v, *places),
+        (*ab.shape[2:], height, width, luma.stride(2), luma.stride(0)), numbers,
         DOWN=down, BEFORE_DOWN=int(down == 2 and on_row), ACROSS=across, BEFORE_ACROSS=int(across == 2 and on_column),
     )  # fmt: skip
     return u, v
@@ -290,7 +291,7 @@ def look_up(samples: Tensor, table: Tensor) -> Tensor:
     return out
 
 
-def _launch(kernel, result, tensors, low, sizes, numbers, **constants) -> None:
+def _launch(kernel, result, tensors, sizes, numbers, **constants) -> None:
     batch, height, width = result
     if batch * height * width == 0:
         return
@@ -298,6 +299,6 @@ def _launch(kernel, result, tensors, low, sizes, numbers, **constants) -> None:
     across, down = triton.cdiv(width, columns), triton.cdiv(height, BLOCK // columns)
     with torch.cuda.device_of(tensors[0]):
         kernel[(batch * across * down,)](
-            *tensors, across, down, height, width, *low, *sizes, *numbers,
+            *tensors, across, down, height, width, *sizes, *numbers,
             **constants, COLUMNS=columns, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -66,7 +66,7 @@ def signatures():
         for preserve in (False, True) if result == "u8" else (True,):
             for interleaved in (False, True) if result in ("u8", "fp32") else (False,):
                 constants = {"LARGEST": LARGEST.get(result, 0), "PRESERVE": preserve, "INTERLEAVED": interleaved}
-                yield "render_kernel", (low, low, light, result, *TABLES), 6, 2, constants
+                yield "render_kernel", (low, low, light, result, *TABLES), 7, 2, constants
     for sample, down, before_down, across, before_across in (
         ("u8", 2, 0, 2, 1), ("u8", 2, 0, 2, 0), ("u16", 2, 1, 2, 1), ("u16", 1, 0, 2, 1), ("u16", 1, 0, 1, 0),
     ):  # fmt: skip
@@ -76,6 +76,27 @@ def signatures():
         yield "look_up_kernel", (sample, "fp32", "fp32"), 1, 0, {}
 
 
+def compile_for(arch, name, pointers, integers, floats, constants, ones=False):
+    """`ones`: every size is 1, which Triton takes for a constant."""
+    from fastcolor.kernels.triton import render
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(render, name)
+    types = [*(f"*{p}" for p in pointers), *["constexpr" if ones else "i32"] * integers, *["fp32"] * floats]
+    signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants), strict=True))
+    constants = {**constants, **(dict.fromkeys(kernel.arg_names[len(pointers) :][:integers], 1) if ones else {})}
+    # as at run time: addresses and sizes of ordinary pictures are multiples of 16
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind[0] == "*" or (kind == "i32" and argument in ("width", "pixels", "luma_row", "luma_image", "n"))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+
+
 @compiled
 @pytest.mark.parametrize("arch", [80, 90], ids="sm_{}".format)
 @pytest.mark.parametrize("name", sorted({signature[0] for signature in signatures()}))
@@ -83,30 +104,21 @@ def test_compiles_ahead_of_time(name, arch):
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
         pytest.skip("triton < 3.3 takes signatures in another form")
     from fastcolor.kernels.triton import render
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = getattr(render, name)
-    for _, pointers, integers, floats, constants in (s for s in signatures() if s[0] == name):
-        types = [*(f"*{p}" for p in pointers), *["i32"] * integers, *["fp32"] * floats]
+    of_name = [s for s in signatures() if s[0] == name]
+    for _, pointers, *counts, constants in of_name:
         tile = {"BLOCK": render.LOOK_UP} if name == "look_up_kernel" else {"COLUMNS": 512, "BLOCK": render.BLOCK}
-        types += ["constexpr"] * (len(constants) + len(tile))
-        signature = dict(zip(kernel.arg_names, types, strict=True))
-        # as at run time: addresses and sizes of ordinary pictures are multiples of 16
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, (argument, kind) in enumerate(signature.items())
-            if kind[0] == "*" or argument in ("width", "luma_row", "luma_image", "n")
-        }
-        source = ASTSource(kernel, signature, {**constants, **tile}, aligned)
-        options = {"num_warps": 4, "enable_fp_fusion": True}
-        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        assert binary.asm["cubin"]
-        ptx = binary.asm["ptx"]
+        asm = compile_for(arch, name, pointers, *counts, {**constants, **tile})
+        assert asm["cubin"]
         if name == "render_kernel":
             wide = 2 + (pointers[2] == "fp32")  # the two tables of columns, and L
-            assert ptx.count("ld.global.v4") == wide  # 16 bytes a thread and access
+            assert asm["ptx"].count("ld.global.v4") == wide  # 16 bytes a thread and access
             if pointers[3] == "fp32" and not constants["INTERLEAVED"]:
-                assert ptx.count("st.global.v4") == 3
+                assert asm["ptx"].count("st.global.v4") == 3
         if name == "look_up_kernel":
-            assert ptx.count("st.global.v4") == 2  # eight samples of a thread
+            assert asm["ptx"].count("st.global.v4") == 2  # eight samples of a thread
+    _, pointers, *counts, constants = of_name[0]
+    for columns in render.COLUMNS[:2]:
+        tile = {"BLOCK": render.LOOK_UP} if name == "look_up_kernel" else {"COLUMNS": columns, "BLOCK": render.BLOCK}
+        for ones in (False, True):
+            assert compile_for(arch, name, pointers, *counts, {**constants, **tile}, ones)["cubin"]
