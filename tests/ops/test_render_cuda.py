@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import Backend
 from test_render import (  # noqa: F401, they are collected here too
+    formats,
     test_chroma_planes_match_float64,
     test_compile_fullgraph,
     test_every_luma,
