@@ -39,17 +39,39 @@ def scene(width: int, height: int, saturation: float) -> tuple[Tensor, Tensor, T
     return low[:, 1:] * saturation, low[:, :1].contiguous(), lab[:, :1].contiguous()
 
 
-def rgb_peers(inputs: tuple[Tensor, Tensor, Tensor], device: str, quick: bool) -> Iterator[Peer]:
+def ours(op: str, backend: str, device: str, run: Callable[[int], object]) -> Callable[[], Callable[[int], object]]:
+    """Builds a candidate that runs on a backend, or says why it cannot."""
+
+    def build():
+        reason = _backend.missing(backend) or _backend.runs_on(backend, torch.device(device))
+        if reason or backend not in _backend.OFFERS[op]:
+            raise ImportError(reason or f"{op} has no {backend} kernel")
+
+        def run_asked_for(i: int):
+            with fastcolor.use_backend(backend):
+                return run(i)
+
+        auto = _backend.choose(op, torch.device(device)).name
+        return run if auto == backend else run_asked_for
+
+    return build
+
+
+def backends(device: str) -> tuple[str, ...]:
+    return ("cuda", "triton") if device == "cuda" else ("cpp",)
+
+
+def rotated(tensor: Tensor, moved: int, device: str) -> list[Tensor]:
+    """Copies to take in turn, so that a GPU's cache holds none of them."""
+    return [tensor, *(tensor.clone() for _ in range(timing.rotation(moved, device) - 1))]
+
+
+def rgb_peers(inputs: tuple[Tensor, Tensor, Tensor], moved: int, device: str, quick: bool) -> Iterator[Peer]:
     ab, guide, L = inputs
+    lights = rotated(L, moved, device)
 
-    def ours(backend: str, gamut: str):
-        def build():
-            reason = _backend.missing(backend) or _backend.runs_on(backend, torch.device(device))
-            if reason or backend not in _backend.OFFERS["render"]:
-                raise ImportError(reason or f"render has no {backend} kernel")
-            return lambda i: fastcolor.render(ab, guide, L, gamut=gamut, channels_last=True)
-
-        return build
+    def render(gamut: str) -> Callable[[int], Tensor]:
+        return lambda i: fastcolor.render(ab, guide, lights[i % len(lights)], gamut=gamut, channels_last=True)
 
     def opencv():
         on_cpu_only(device)
@@ -97,9 +119,9 @@ def rgb_peers(inputs: tuple[Tensor, Tensor, Tensor], device: str, quick: bool) -
         function(ab, guide, L)
         return lambda i: function(ab, guide, L)
 
-    for backend in ("cuda", "triton") if device == "cuda" else ("cpp",):
-        yield f"fastcolor {backend}, lightness kept", ours(backend, "preserve_lightness")
-        yield f"fastcolor {backend}, clipped", ours(backend, "clip")
+    for backend in backends(device):
+        yield f"fastcolor {backend}, lightness kept", ours("render", backend, device, render("preserve_lightness"))
+        yield f"fastcolor {backend}, clipped", ours("render", backend, device, render("clip"))
     yield "bilinear and OpenCV float32, clipped", opencv
     if not quick:
         yield "bilinear and scikit-image, clipped", scikit_image
@@ -108,13 +130,14 @@ def rgb_peers(inputs: tuple[Tensor, Tensor, Tensor], device: str, quick: bool) -
         yield "our reference, torch.compile", compiled
 
 
-def uv_peers(inputs: tuple[Tensor, Tensor, Tensor], luma: Tensor, device: str, quick: bool) -> Iterator[Peer]:
+def uv_peers(
+    inputs: tuple[Tensor, Tensor, Tensor], luma: Tensor, moved: int, device: str, quick: bool
+) -> Iterator[Peer]:
     ab, guide, _ = inputs
+    frames = rotated(luma, moved, device)
 
-    def ours():
-        if _backend.choose("render_uv", torch.device(device)).name == "reference":
-            raise ImportError(f"render_uv has no kernel for {device}")
-        return lambda i: fastcolor.render_uv(ab, guide, luma, YUV)[0]
+    def render(i: int) -> Tensor:
+        return fastcolor.render_uv(ab, guide, frames[i % len(frames)], YUV)[0]
 
     def opencv():
         """Colour in RGB, and from there to planes of which the luma is thrown away: what others do."""
@@ -136,7 +159,8 @@ def uv_peers(inputs: tuple[Tensor, Tensor, Tensor], luma: Tensor, device: str, q
         scale = tuple(a / b for a, b in zip(ab.shape[2:], luma.shape[2:], strict=True))
         return lambda i: reference.render_uv(ab, guide, luma, scale, 3.0, YUV)[0]
 
-    yield "fastcolor", ours
+    for backend in backends(device):
+        yield f"fastcolor {backend}", ours("render_uv", backend, device, render)
     yield "OpenCV, through RGB", opencv
     if not quick:
         yield "our reference, PyTorch eager", eager
@@ -177,22 +201,24 @@ def benchmark(width: int, height: int, options) -> list[dict]:
     for kind, saturation in SATURATIONS.items():
         inputs = scene(width, height, saturation)
         scale = tuple(a / b for a, b in zip(inputs[0].shape[2:], (height, width), strict=True))
-        double = [x.double() for x in inputs]
+        on_device = tuple(x.to(options.device) for x in inputs)
+        double = [x.double() for x in on_device]
         exact = {
-            ending: reference.render(*double, scale, 3.0, torch.float64, gamut, True) * 255
+            ending: (reference.render(*double, scale, 3.0, torch.float64, gamut, True) * 255).cpu()
             for ending, gamut in (("kept", "preserve_lightness"), ("clipped", "clip"))
         }
-        on_device = tuple(x.to(options.device) for x in inputs)
         title = f"render, {width}×{height}, {kind}: float32 lightness → uint8 RGB"
         moved = pixels * (4 + 3) + 4 * inputs[0].numel() * 3 // 2
-        rows += table(title, moved, rgb_peers(on_device, options.device, options.quick), exact, options)
+        peers = rgb_peers(on_device, moved, options.device, options.quick)
+        rows += table(title, moved, peers, exact, options)
     inputs = scene(width, height, 0.3)
     luma = (fastcolor.lab_to_rgb(F.pad(inputs[2][0], (0, 0, 0, 0, 0, 2)))[:1][None] * 219 + 16).to(torch.uint8)
     exact = reference.render_uv(*(x.double() for x in inputs[:2]), luma, scale, 3.0, YUV)[0].double()
     on_device = tuple(x.to(options.device) for x in inputs)
-    peers = uv_peers(on_device, luma.to(options.device), options.device, options.quick)
     title = f"render to U, V, {width}×{height}, 4:2:0, 8 bits"
-    rows += table(title, pixels * 3 // 2 + 4 * inputs[0].numel() * 3 // 2, peers, {"": exact}, options)
+    moved = pixels * 3 // 2 + 4 * inputs[0].numel() * 3 // 2
+    peers = uv_peers(on_device, luma.to(options.device), moved, options.device, options.quick)
+    rows += table(title, moved, peers, {"": exact}, options)
     return rows
 
 

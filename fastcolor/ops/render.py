@@ -5,7 +5,9 @@ fastcolor.reference.render, the kernels in fastcolor/kernels/*/render.*.
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,8 +18,12 @@ from fastcolor.ops.lab import _FLOATS, _GAMUTS, _SAMPLES, _check_dtype
 from fastcolor.reference import render as reference
 from fastcolor.yuv import YuvFormat
 
+# Of kernels/common/storage.h: what is read, and what is written. The C++ kernels read float32 alone.
+_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SAMPLE = {**_SAMPLES, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
 for _name in ("render", "render_uv", "luma_to_lightness"):
-    _backend.offer(_name, "cpp")
+    _backend.offer(_name, "cuda", "triton", "cpp")
 
 
 # --- the boundary that torch.compile sees; behind it are real tensors only --------------------------------------------
@@ -28,80 +34,147 @@ def _launch_render(
     preserve_lightness: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
     scale = scale_y, scale_x
-    if _backend.choose("render", L.device).name == "reference":
+    backend = _backend.choose("render", L.device).name
+    if backend == "reference":
         gamut = _GAMUTS[preserve_lightness]
         return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last).contiguous()
+    ab, guide = _low(ab, guide, backend)
+    light = (float32(L) if backend == "cpp" or L.dtype not in _STORAGE else L).contiguous()
+    places = _places_of(L.shape[2:], scale, (1, 1), (0.5, 0.5), L.device)
+    if backend == "triton":
+        return _triton().render(
+            ab, guide, light, places, _sharpness(sigma_light), reference.FLOOR, dtype, preserve_lightness, channels_last
+        )
     rgb = _fake_render(ab, guide, L, *scale, sigma_light, dtype, preserve_lightness, channels_last)
+    scene = _scene(ab, guide, L.shape[2:], places, sigma_light, backend)
+    if backend == "cuda":
+        with _stream(L.device) as stream:
+            _backend.native("_cuda").render(
+                scene, light.data_ptr(), _STORAGE[light.dtype], rgb.data_ptr(), _SAMPLE[dtype], channels_last,
+                preserve_lightness, stream,
+            )  # fmt: skip
+        return rgb
     out = rgb if dtype in _SAMPLES or dtype == torch.float32 else rgb.float()
-    light = float32(L).contiguous()
-    scene, kept = _scene(ab, guide, L.shape[2:], scale, sigma_light)
     _backend.native("_cpu").render(
         scene, light.data_ptr(), out.data_ptr(), _SAMPLES.get(dtype, 2), channels_last, preserve_lightness
     )
-    del kept
     return out.to(dtype)
 
 
-def _scene(ab, guide, size, scale, sigma_light, steps=(1, 1), offsets=(0.5, 0.5)):
-    """RenderProblem of kernels/cpu/render.h, and the tensors that it points to."""
-    kept = [float32(ab).contiguous(), float32(guide).contiguous()]
-    for n, s, step, offset in zip(size, scale, steps, offsets, strict=True):
-        kept += _places(n, s, step, offset)
-    scene = _backend.native("_cpu").RenderProblem(
-        *(x.data_ptr() for x in kept[:2]), ab.shape[0], *ab.shape[2:], *size, *(x.data_ptr() for x in kept[2:]),
-        0.5 * math.log2(math.e) / sigma_light**2, reference.FLOOR, torch.get_num_threads(),
+def _low(ab: Tensor, guide: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """The low-resolution planes as a backend reads them: contiguous, of one type."""
+    if backend == "cpp" or ab.dtype != guide.dtype or ab.dtype not in _STORAGE:
+        ab, guide = float32(ab), float32(guide)
+    return ab.contiguous(), guide.contiguous()
+
+
+def _sharpness(sigma_light: float) -> float:
+    return 0.5 * math.log2(math.e) / sigma_light**2
+
+
+def _scene(ab: Tensor, guide: Tensor, size, places: tuple[Tensor, ...], sigma_light: float, backend: str):
+    """RenderProblem of kernels/*/render.h. It points to the tensors, and does not keep them."""
+    numbers = (
+        ab.shape[0], *ab.shape[2:], *size, *(x.data_ptr() for x in places), _sharpness(sigma_light), reference.FLOOR
     )  # fmt: skip
-    return scene, kept
+    if backend == "cuda":
+        return _backend.native("_cuda").RenderProblem(ab.data_ptr(), guide.data_ptr(), _STORAGE[ab.dtype], *numbers)
+    return _backend.native("_cpu").RenderProblem(ab.data_ptr(), guide.data_ptr(), *numbers, torch.get_num_threads())
 
 
 def _launch_render_uv(
     ab: Tensor, guide: Tensor, luma: Tensor, scale_y: float, scale_x: float, sigma_light: float, subsampling: str,
     bits: int, matrix: str, full_range: bool, primaries: str, chroma_location: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    yuv = YuvFormat(subsampling, bits, matrix, full_range, primaries, chroma_location)
+    yuv = _format(subsampling, bits, matrix, full_range, primaries, chroma_location)
     scale = scale_y, scale_x
-    if _backend.choose("render_uv", luma.device).name == "reference":
+    backend = _backend.choose("render_uv", luma.device).name
+    if backend == "reference":
         return reference.render_uv(ab, guide, luma, scale, sigma_light, yuv)
     height, width = luma.shape[2:]
     size = yuv.chroma_size(height, width)
+    ab, guide = _low(ab, guide, backend)
+    planes = luma if luma.stride(3) == 1 else luma.contiguous()
+    places = _places_of(size, scale, yuv.steps, yuv.offsets, luma.device)
+    if backend == "triton":
+        return _triton().render_uv(ab, guide, planes, places, _sharpness(sigma_light), reference.FLOOR, yuv)
     u, v = (luma.new_empty(luma.shape[0], 1, *size) for _ in range(2))
     if luma.numel() == 0:
         return u, v
-    planes = luma if luma.stride(3) == 1 else luma.contiguous()
-    scene, kept = _scene(ab, guide, size, scale, sigma_light, yuv.steps, yuv.offsets)
-    matrix = torch.tensor(yuv.xyz_to_rgb, dtype=torch.float32)
+    # on the host, also for the CUDA kernels: they take it along in their arguments
+    matrix = torch.tensor(yuv.xyz_to_rgb, dtype=torch.float32, device="cpu")
     red, _, blue = yuv.luma_weights
-    _backend.native("_cpu").render_uv(
-        scene, *yuv.steps, *yuv.cosited, yuv.bits, yuv.black, yuv.luma_span, yuv.chroma_span, red, blue,
-        matrix.data_ptr(), planes.data_ptr(), height, width, planes.stride(2), planes.stride(0), u.data_ptr(),
-        v.data_ptr(),
+    arguments = (
+        _scene(ab, guide, size, places, sigma_light, backend), *yuv.steps, *yuv.cosited, yuv.bits, yuv.black,
+        yuv.luma_span, yuv.chroma_span, red, blue, matrix.data_ptr(), planes.data_ptr(), height, width,
+        planes.stride(2), planes.stride(0), u.data_ptr(), v.data_ptr(),
     )  # fmt: skip
-    del kept
+    if backend == "cuda":
+        with _stream(luma.device) as stream:
+            _backend.native("_cuda").render_uv(*arguments, stream)
+    else:
+        _backend.native("_cpu").render_uv(*arguments)
     return u, v
 
 
 def _launch_luma_to_lightness(luma: Tensor, bits: int, full_range: bool) -> Tensor:
-    if _backend.choose("luma_to_lightness", luma.device).name == "reference":
+    backend = _backend.choose("luma_to_lightness", luma.device).name
+    if backend == "reference":
         return reference.luma_to_lightness(luma, bits, full_range)
-    samples, table = luma.contiguous(), _lightness_table(bits, full_range)
+    samples, table = luma.contiguous(), _lightness_table(bits, full_range, luma.device)
+    if backend == "triton":
+        return _triton().look_up(samples, table)
     L = luma.new_empty(luma.shape, dtype=torch.float32)
-    _backend.native("_cpu").look_up(
-        samples.data_ptr(), bits > 8, table.data_ptr(), L.data_ptr(), L.numel(), torch.get_num_threads()
-    )
+    arguments = samples.data_ptr(), bits > 8, table.data_ptr(), L.data_ptr(), L.numel()
+    if backend == "cuda":
+        with _stream(luma.device) as stream:
+            _backend.native("_cuda").look_up(*arguments, stream)
+    else:
+        _backend.native("_cpu").look_up(*arguments, torch.get_num_threads())
     return L
 
 
-@lru_cache(maxsize=64)
-def _places(size: int, scale: float, step: int, offset: float) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _stream(device: torch.device) -> Iterator[int]:
+    """The current stream of a CUDA device, which is the current device inside."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def _triton():
+    from fastcolor.kernels.triton import render  # triton is optional
+
+    return render
+
+
+# Tables are made on the CPU, and kept where they are used: only the first call for a size waits for a copy.
+
+
+def _places_of(size, scale, steps, offsets, device: torch.device) -> tuple[Tensor, ...]:
+    """Rows and columns, where they are nearest and how far beyond: four tables."""
+    tables = []
+    for n, s, step, offset in zip(size, scale, steps, offsets, strict=True):
+        tables += _places(n, s, step, offset, device)
+    return tuple(tables)
+
+
+@lru_cache(maxsize=256)
+def _places(size: int, scale: float, step: int, offset: float, device: torch.device) -> tuple[Tensor, Tensor]:
     at, beyond = reference.nearest_low(size, scale, step, offset, torch.device("cpu"))
-    return at, beyond.float()
+    return at.to(device), beyond.float().to(device)
 
 
-@cache
-def _lightness_table(bits: int, full_range: bool) -> Tensor:
+@lru_cache(maxsize=64)
+def _lightness_table(bits: int, full_range: bool, device: torch.device) -> Tensor:
     """[256 or 65536]: every value that a sample may have, also beyond its bits."""
-    every = torch.arange(256 if bits == 8 else 65536)
-    return reference.luma_to_lightness(every, bits, full_range, torch.float64).float()
+    every = torch.arange(256 if bits == 8 else 65536, device="cpu")
+    return reference.luma_to_lightness(every, bits, full_range, torch.float64).float().to(device)
+
+
+@lru_cache(maxsize=64)
+def _format(*fields) -> YuvFormat:
+    """One object for each format: it keeps its matrix."""
+    return YuvFormat(*fields)
 
 
 def _fake_render(ab, guide, L, scale_y, scale_x, sigma_light, dtype, preserve_lightness, channels_last):

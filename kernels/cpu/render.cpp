@@ -4,7 +4,7 @@
 #include <memory>
 #include <utility>
 
-#include "common/lab_math.h"
+#include "common/render_math.h"
 #include "cpu/lab_kernels.h"
 #include "cpu/multiversion.h"
 
@@ -22,11 +22,6 @@ struct alignas(64) Expanded {
 struct alignas(64) Columns {
   int32_t left[kRun], right[kRun];
   float share[kRun];
-};
-
-struct UvJob {
-  float red, blue, matrix[9];
-  float of_u, of_v, middle, largest;  // from differences to levels; + 1/2 in `middle` rounds
 };
 
 // The functions of render_body.h.
@@ -204,9 +199,7 @@ void render(const RenderProblem& problem, const float* L, void* rgb, Sample samp
 void render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* luma, int64_t luma_height,
                int64_t luma_width, int64_t row, int64_t image_step, void* u, void* v) {
   const RenderKernels& k = kernels();
-  UvJob job{yuv.red, yuv.blue, {}, yuv.chroma_span / (2.0f * (1.0f - yuv.blue)), yuv.chroma_span / (2.0f * (1.0f - yuv.red)),
-            float(1 << (yuv.bits - 1)) + 0.5f, float((1 << yuv.bits) - 1)};
-  std::copy_n(yuv.xyz_to_rgb, 9, job.matrix);
+  const UvJob job = uv_job(yuv.red, yuv.blue, yuv.xyz_to_rgb, yuv.chroma_span, yuv.bits);
   for_each_piece(problem, [&](int64_t image, int64_t start, int64_t n, int64_t top, int64_t end) {
     Band band(problem, k, image, start, n);
     float wide[2 * kRun + 2], y_of[kRun], L[kRun], a[kRun], b[kRun];

@@ -1,5 +1,5 @@
 // What works on a piece of a row. No include guard: included once for each instruction set, as lab_body.h is. render.cpp
-// defines Expanded, Columns and UvJob first.
+// defines Expanded and Columns first.
 
 // 2^x for x <= 0, 0 from -126 on. Max relative error 3e-7 above (test_render.py: test_exp2_bound).
 FC_INLINE float exp2_of(float x) {
@@ -46,21 +46,6 @@ inline void upsample(const Expanded& above, const Expanded& below, const Columns
 
 // --- video ---------------------------------------------------------------------------------------------------------------
 
-FC_INLINE float between(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
-
-// L of the grey with luma y, in [0, 100].
-FC_INLINE float grey_lightness(float y) {
-  return between(116.0f * lab_f(srgb_to_linear(between(y, 0.0f, 1.0f))) - 16.0f, 0.0f, 100.0f);
-}
-
-// R', G', B' of a colour, also beyond [0, 1].
-FC_INLINE Triple unclipped_rgb(float L, float a, float b, const float* m) {
-  const float fy = (L + 16.0f) * (1.0f / 116.0f);
-  const float x = lab_f_inverse(fy + a * 0.002f), y = lab_f_inverse(fy), z = lab_f_inverse(fy - b * 0.005f);
-  return {linear_to_srgb(m[0] * x + m[1] * y + m[2] * z), linear_to_srgb(m[3] * x + m[4] * y + m[5] * z),
-          linear_to_srgb(m[6] * x + m[7] * y + m[8] * z)};
-}
-
 // Luma of two rows down, or three, to one: out = shares · rows.
 template <typename T>
 inline void mix_rows(const T* p0, const T* p1, const T* p2, const float* share, float* out, int64_t n) {
@@ -84,32 +69,12 @@ inline void lightness_of(const float* y, float* L, int64_t n) {
   for (int64_t i = 0; i < n; ++i) L[i] = grey_lightness(y[i]);
 }
 
-// The share of the chroma that keeps a channel, `difference` above the luma y, inside [0, 1].
-FC_INLINE float room(float difference, float y) {
-  const float bound = difference > 0.0f ? 1.0f - y : -y;
-  const float t = bound / (difference == 0.0f ? 1.0f : difference);
-  return difference == 0.0f ? 1.0f : between(t, 0.0f, 1.0f);
-}
-
 // Levels of Cb and Cr, in place of a and b.
 inline void chroma_levels(const UvJob& job, const float* luma, const float* lightness, float* a, float* b, int64_t n) {
-  const float red = job.red, blue = job.blue, green = 1.0f - red - blue;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    float L = lightness[i];
-    FC_UNROLL  // a loop inside would keep the loop over samples from vectorizing
-    for (int step = 0; step < 2; ++step) {
-      const Triple c = unclipped_rgb(L, a[i], b[i], job.matrix);
-      const float own = red * clip(c.x) + green * clip(c.y) + blue * clip(c.z);
-      L = between(L + lightness[i] - grey_lightness(own), 0.0f, 100.0f);
-    }
-    const Triple c = unclipped_rgb(L, a[i], b[i], job.matrix);
-    const float own = red * c.x + green * c.y + blue * c.z, y = between(luma[i], 0.0f, 1.0f);
-    const float dr = c.x - own, dg = c.y - own, db = c.z - own;
-    const float t0 = room(dr, y), t1 = room(dg, y), t2 = room(db, y);
-    const float t01 = t0 < t1 ? t0 : t1, t = t01 < t2 ? t01 : t2;
-    const float u = t * db * job.of_u + job.middle, v = t * dr * job.of_v + job.middle;
-    a[i] = between(u, 0.0f, job.largest), b[i] = between(v, 0.0f, job.largest);
+    const Chroma c = chroma_of(job, luma[i], lightness[i], a[i], b[i]);
+    a[i] = c.u, b[i] = c.v;
   }
 }
 

@@ -318,6 +318,8 @@ T __ldg(const T* from) { return *from; }
 template <typename T>
 void __stcs(T* to, T value) { *to = value; }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 inline void __nanosleep(unsigned) {

@@ -122,16 +122,22 @@ def test_errors(change, message):
 
 # --- the kernels against float64 --------------------------------------------------------------------------------------
 
-BACKENDS = available("cpp", "reference")
-both = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 cpp = pytest.mark.skipif(_backend.missing("cpp") is not None, reason=str(_backend.missing("cpp")))
-# (low, full): one pixel, one row, primes, wider than a run of 1024, shrinking
-SIZES = [((1, 1), (1, 1)), ((1, 5), (1, 17)), ((7, 5), (29, 19)), ((3, 300), (5, 1201)), ((9, 8), (5, 4))]
+# (low, full): one pixel, one row, primes, wider than a run of 1024, shrinking, rows of whole quads
+SIZES = [((1, 1), (1, 1)), ((1, 5), (1, 17)), ((7, 5), (29, 19)), ((3, 300), (5, 1201)), ((9, 8), (5, 4)),
+         ((4, 33), (6, 132))]  # fmt: skip
 
 
-def scene(low, full, batch=2, spread=25.0):
+@pytest.fixture(params=available("cpp", "reference"), ids=str)
+def backend(request):
+    """What runs the tests that ask for it; test_render_*.py run them on others."""
+    with fastcolor.use_backend(request.param.name):
+        yield request.param
+
+
+def scene(low, full, batch=2, spread=25.0, device="cpu"):
     ab = torch.randn(batch, 2, *low) * spread
-    return ab, torch.rand(batch, 1, *low) * 100, torch.rand(batch, 1, *full) * 100
+    return [x.to(device) for x in (ab, torch.rand(batch, 1, *low) * 100, torch.rand(batch, 1, *full) * 100)]
 
 
 def exactly(ab, guide, L, dtype=torch.float64, scale=None, gamut="clip", channels_last=False):
@@ -140,62 +146,94 @@ def exactly(ab, guide, L, dtype=torch.float64, scale=None, gamut="clip", channel
 
 
 @every_simd
-@both
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("low", "full"), SIZES, ids=str)
 def test_matches_float64(backend, low, full, channels_last):
-    inputs = scene(low, full)
-    with fastcolor.use_backend(backend.name):
-        for gamut, bound in (("clip", 2e-5), ("preserve_lightness", 1e-3)):
-            options = {"gamut": gamut, "channels_last": channels_last}
-            rgb = fastcolor.render(*inputs, dtype=torch.float32, **options)
-            exact = exactly(*inputs, **options)
-            assert largest_error(rgb, exact) <= bound
-            for dtype, top in ((torch.uint8, 255), (torch.uint16, 65535)):
-                levels = fastcolor.render(*inputs, dtype=dtype, **options).double()
-                assert largest_error(levels, exact * top) <= 0.5 + 2 * bound * top
+    inputs = scene(low, full, device=backend.device)
+    for gamut, bound in (("clip", 2e-5), ("preserve_lightness", 1e-3)):
+        options = {"gamut": gamut, "channels_last": channels_last}
+        rgb = fastcolor.render(*inputs, dtype=torch.float32, **options)
+        exact = exactly(*inputs, **options)
+        assert largest_error(rgb, exact) <= bound
+        for dtype, top in ((torch.uint8, 255), (torch.uint16, 65535)):
+            levels = fastcolor.render(*inputs, dtype=dtype, **options).double()
+            assert largest_error(levels, exact * top) <= 0.5 + 2 * bound * top
 
 
 @every_simd
-@both
 def test_other_inputs(backend):
     """Strides, 16 bits, a scale that reaches over the border, an empty batch, and extreme colours."""
-    ab, guide, L = scene((6, 7), (23, 27))
-    with fastcolor.use_backend(backend.name):
-        expected = fastcolor.render(ab, guide, L, dtype=torch.float32)
-        strided = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (ab, guide)]
-        turned = L.transpose(2, 3).contiguous().transpose(2, 3)
-        assert torch.equal(fastcolor.render(*strided, turned, dtype=torch.float32), expected)
-        halves = [x.half() for x in (ab, guide)]
-        assert largest_error(fastcolor.render(*halves, L, dtype=torch.float32), expected) < 0.02
-        assert fastcolor.render(ab, guide, L, dtype=torch.float16).dtype == torch.float16
-        wide = fastcolor.render(ab, guide, L, dtype=torch.float32, gamut="clip", scale=(0.31, 0.22))
-        assert largest_error(wide, exactly(ab, guide, L, scale=(0.31, 0.22))) <= 2e-5
-        assert fastcolor.render(ab[:0], guide[:0], L[:0]).shape == (0, 3, 23, 27)
-        assert fastcolor.render(ab, guide, L[..., :0]).shape == (2, 3, 23, 0)
-        far = fastcolor.render(ab * 1e4, guide * 1e3, L, dtype=torch.float32)
-        assert far.isfinite().all() and far.min() >= 0 and far.max() <= 1
+    ab, guide, L = scene((6, 7), (23, 27), device=backend.device)
+    expected = fastcolor.render(ab, guide, L, dtype=torch.float32)
+    strided = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (ab, guide)]
+    turned = L.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(fastcolor.render(*strided, turned, dtype=torch.float32), expected)
+    halves = [x.half() for x in (ab, guide)]
+    assert largest_error(fastcolor.render(*halves, L, dtype=torch.float32), expected) < 0.02
+    wide = fastcolor.render(ab, guide, L, dtype=torch.float32, gamut="clip", scale=(0.31, 0.22))
+    assert largest_error(wide, exactly(ab, guide, L, scale=(0.31, 0.22))) <= 2e-5
+    assert fastcolor.render(ab[:0], guide[:0], L[:0]).shape == (0, 3, 23, 27)
+    assert fastcolor.render(ab, guide, L[..., :0]).shape == (2, 3, 23, 0)
+    far = fastcolor.render(ab * 1e4, guide * 1e3, L, dtype=torch.float32)
+    assert far.isfinite().all() and far.min() >= 0 and far.max() <= 1
 
 
-@every_simd
-@both
-@pytest.mark.parametrize("bits", [8, 10])
-@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
-def test_chroma_planes_match_float64(backend, subsampling, bits):
-    """Every place of chroma, matrix and range: within one level, and nearly always the same."""
-    ab, guide, _ = scene((5, 6), (1, 1), spread=40.0)
-    yuv = [
-        fastcolor.YuvFormat(subsampling, bits, matrix, full_range, primaries, location)
+@pytest.mark.parametrize("width", [27, 44])
+def test_types_of_numbers(backend, width):
+    """Inputs are read as what they are, and 16 bits are the rounded result: also at an odd address."""
+    exact_inputs = scene((6, 11), (13, width), device=backend.device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ab, guide, L = (x.to(dtype) for x in exact_inputs)
+        expected = fastcolor.render(ab.float(), guide.float(), L.float(), dtype=torch.float32, gamut="clip")
+        for planes in ((ab, guide, L), (ab, guide, L.float()), (ab.float(), guide, L)):
+            rgb = fastcolor.render(*planes, dtype=torch.float32, gamut="clip")
+            assert largest_error(rgb, expected) <= 1e-6
+        odd = torch.cat((L.new_zeros(1), L.flatten()))[1:].reshape(L.shape)
+        assert largest_error(fastcolor.render(ab, guide, odd, dtype=torch.float32, gamut="clip"), expected) <= 1e-6
+        eps = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+        for channels_last in (False, True):
+            rgb = fastcolor.render(ab, guide, L, dtype=dtype, gamut="clip", channels_last=channels_last)
+            assert rgb.dtype == dtype and rgb.is_contiguous()
+            planar = rgb.movedim(-1, 1) if channels_last else rgb
+            assert largest_error(planar.float(), expected) <= eps
+
+
+def test_nan(backend):
+    ab, guide, L = scene((3, 5), (6, 32), device=backend.device)
+    L[:, :, 2, 3:9] = torch.nan
+    for gamut in ("clip", "preserve_lightness"):
+        rgb = fastcolor.render(ab, guide, L, dtype=torch.float32, gamut=gamut)
+        assert torch.equal(rgb.isnan(), L.isnan().expand_as(rgb))
+        levels = fastcolor.render(ab, guide, L, gamut=gamut)
+        assert (levels[rgb.isnan()] == 0).all()
+    luma = torch.randint(16, 236, (2, 1, 6, 32), dtype=torch.uint8).to(backend.device)
+    for plane in fastcolor.render_uv(ab * torch.nan, guide, luma, fastcolor.YuvFormat()):
+        assert (plane == 0).all()
+
+
+@pytest.fixture
+def formats():
+    """(matrix, range, primaries, location)"""
+    return [
+        (matrix, full_range, primaries, location)
         for matrix, primaries in (("bt601", "bt709"), ("bt709", "bt709"), ("bt2020", "bt2020"))
         for full_range in (False, True)
         for location in ("left", "center", "topleft")
     ]
+
+
+@every_simd
+@pytest.mark.parametrize("bits", [8, 10])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_chroma_planes_match_float64(backend, formats, subsampling, bits):
+    """Every place of chroma, matrix and range: within one level, and nearly always the same."""
+    ab, guide, _ = scene((5, 6), (1, 1), spread=40.0, device=backend.device)
+    yuv = [fastcolor.YuvFormat(subsampling, bits, *fields) for fields in formats]
     same = total = 0
     for form in yuv:
-        for size in ((1, 1), (18, 23)):
-            luma = torch.randint(0, 2**bits, (2, 1, *size), dtype=torch.int32).to(form.dtype)
-            with fastcolor.use_backend(backend.name):
-                ours = fastcolor.render_uv(ab, guide, luma, form)
+        for size in ((1, 1), (18, 23), (5, 40)):
+            luma = torch.randint(0, 2**bits, (2, 1, *size), dtype=torch.int32).to(form.dtype).to(backend.device)
+            ours = fastcolor.render_uv(ab, guide, luma, form)
             scale = tuple(a / b for a, b in zip(ab.shape[2:], size, strict=True))
             exact = reference.render_uv(ab.double(), guide.double(), luma, scale, 3.0, form)
             for plane, expected in zip(ours, exact, strict=True):
@@ -206,29 +244,32 @@ def test_chroma_planes_match_float64(backend, subsampling, bits):
     assert same >= 0.99 * total
 
 
-@both
-def test_luma_rows_that_lie_apart(backend):
-    ab, guide, _ = scene((4, 4), (1, 1))
-    wide = torch.randint(16, 236, (2, 1, 16, 32), dtype=torch.uint8)
-    luma, yuv = wide[..., :17], fastcolor.YuvFormat()
-    with fastcolor.use_backend(backend.name):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
+def test_luma_rows_that_lie_apart(backend, dtype):
+    ab, guide, _ = scene((4, 4), (1, 1), device=backend.device)
+    wide = torch.randint(16, 236, (2, 1, 16, 32), dtype=torch.int32).to(dtype).to(backend.device)
+    yuv = fastcolor.YuvFormat(bits=8 if dtype == torch.uint8 else 9)
+    for width in (17, 23):
+        luma = wide[..., :width]
         for ours, expected in zip(
             fastcolor.render_uv(ab, guide, luma, yuv), fastcolor.render_uv(ab, guide, luma.clone(), yuv), strict=True
         ):
-            assert torch.equal(ours, expected)
+            assert torch.equal(ours.int(), expected.int())
+        halves = fastcolor.render_uv(ab.half(), guide.half(), luma, yuv)
+        exact = fastcolor.render_uv(ab.half().float(), guide.half().float(), luma, yuv)
+        assert all(largest_error(a, b) <= 1 for a, b in zip(halves, exact, strict=True))
 
 
-@both
 @pytest.mark.parametrize("full_range", [False, True])
 @pytest.mark.parametrize("bits", [8, 10, 16])
 def test_every_luma(backend, bits, full_range):
     dtype = torch.uint8 if bits == 8 else torch.uint16
-    luma = torch.arange(2**bits, dtype=torch.int32).to(dtype)[:, None]
-    with fastcolor.use_backend(backend.name):
-        L = fastcolor.luma_to_lightness(luma, bits, full_range)
+    luma = torch.arange(2**bits, dtype=torch.int32).to(dtype)[:, None].to(backend.device)
     exact = reference.luma_to_lightness(luma, bits, full_range, torch.float64)
-    assert L.shape == luma.shape and largest_error(L, exact) <= 2e-5
-    assert L.min() == 0 and L.max() == pytest.approx(100, abs=1e-4)
+    for samples, expected in ((luma, exact), (luma[1:], exact[1:])):  # the second lies at an odd address
+        L = fastcolor.luma_to_lightness(samples, bits, full_range)
+        assert L.shape == samples.shape and largest_error(L, expected) <= 2e-5
+        assert L.max().item() == pytest.approx(100, abs=1e-4)
 
 
 @every_simd
@@ -262,20 +303,19 @@ def test_gradients_take_the_reference():
     assert ab.grad.abs().sum() > 0
 
 
-def test_opcheck():
-    ab, guide, L = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in scene((3, 4), (11, 13)))
+def test_opcheck(backend):
+    inputs = scene((3, 4), (11, 13), device=backend.device)
+    ab, guide, L = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in inputs)
     ops = torch.ops.fastcolor
     for dtype, last in ((torch.uint8, True), (torch.float32, False)):
         torch.library.opcheck(ops.render.default, (ab, guide, L, 0.25, 0.25, 3.0, dtype, True, last))
-    luma = torch.randint(0, 256, (2, 1, 11, 13), dtype=torch.uint8)
+    luma = torch.randint(0, 256, (2, 1, 11, 13), dtype=torch.uint8).to(backend.device)
     form = ("420", 8, "bt709", False, "bt709", "left")
     torch.library.opcheck(ops.render_uv.default, (ab, guide, luma, 0.25, 0.25, 3.0, *form))
     torch.library.opcheck(ops.luma_to_lightness.default, (luma, 8, True))
 
 
-@both
 def test_compile_fullgraph(backend):
-    inputs = scene((3, 4), (11, 13))
+    inputs = scene((3, 4), (11, 13), device=backend.device)
     compiled = torch.compile(lambda *x: fastcolor.render(*x), fullgraph=True, backend="aot_eager")
-    with fastcolor.use_backend(backend.name):
-        assert torch.equal(compiled(*inputs), fastcolor.render(*inputs))
+    assert torch.equal(compiled(*inputs), fastcolor.render(*inputs))
