@@ -32,6 +32,7 @@ constexpr float kBx = float(0.055646639135177208 * kWhiteX), kBy = -0.2040413383
 // f of CIE 15:2004, 8.2.1.1, in scikit-image's rounding of its constants.
 constexpr float kKnee = 0.008856f, kInverseKnee = 0.2068966f, kSlope = 7.787f, kOffset = float(16.0 / 116.0);
 constexpr int kBisections = 16;                    // of the gamut scale: chroma to 2^-16 of itself
+constexpr float kGamutStep = 1.0f / 65536;         // the same, 2^-16
 constexpr float kGamutTolerance = 1e-6f;           // of linear light; white's rounding error is inside
 
 // memcpy, not a union: the compiler sees through it and keeps the loop vectorized.
@@ -182,17 +183,76 @@ FC_INLINE float gamut_excess(const Triple& c) {
   return most - 1.0f > -least ? most - 1.0f : -least;
 }
 
-// The largest t in [0, 1] such that (L, t a, t b) is inside sRGB, by bisection from the inside; 0 for L outside [0, 100].
-FC_INLINE float gamut_scale(float L, float a, float b) {
+// --- the gamut scale: the largest t in [0, 1] such that (L, t a, t b) is inside sRGB ----------------------------------
+//
+// Every t that is given lies inside, with the outside at most 2^-16 beyond it, as lab_to_linear in float32 tells the two
+// apart; 1 for colours inside, 0 where the grey of that L is outside itself. A line of one hue and lightness that leaves
+// sRGB and enters it again has several such t. Against float64: test_lab.py, test_gamut_scale_bound.
+
+FC_INLINE bool gamut_fits(float L, float a, float b, float t) {
+  return gamut_excess(lab_to_linear(L, t * a, t * b)) <= kGamutTolerance;
+}
+
+// From s, by Halley's method, to where the channel that is furthest out at s comes to its bound: on either piece of
+// lab_f_inverse a channel is a polynomial in s of degree 3 or 1, of which two derivatives cost little. Where that leads out
+// of [0, most], half of s.
+FC_INLINE float gamut_halley(float L, float a, float b, float s, float most) {
+  const float fy = (L + 16.0f) * (1.0f / 116.0f), of_x = a * 0.002f, of_z = b * -0.005f;
+  const float fx = fy + s * of_x, fz = fy + s * of_z;
+  const Triple c = xyz_to_rgb({lab_f_inverse(fx), lab_f_inverse(fy), lab_f_inverse(fz)});
+  const float x1 = lab_f_inverse_slope(fx) * of_x, x2 = fx > kInverseKnee ? 6.0f * fx * of_x * of_x : 0.0f;
+  const float z1 = lab_f_inverse_slope(fz) * of_z, z2 = fz > kInverseKnee ? 6.0f * fz * of_z * of_z : 0.0f;
+  const float high = c.x > c.y ? c.x : c.y, highest = high > c.z ? high : c.z;
+  const float low = c.x < c.y ? c.x : c.y, lowest = low < c.z ? low : c.z;
+  const bool above = highest - 1.0f > -lowest;
+  const float bound = above ? highest : lowest, sign = above ? 1.0f : -1.0f;
+  const bool red = c.x == bound, green = c.y == bound;
+  const float by_x = red ? kRx : (green ? kGx : kBx), by_z = red ? kRz : (green ? kGz : kBz);
+  const float e = (above ? highest - 1.0f : -lowest) - kGamutTolerance;
+  const float e1 = sign * (by_x * x1 + by_z * z1), e2 = sign * (by_x * x2 + by_z * z2);
+  const float t = s - 2.0f * e * e1 / (2.0f * e1 * e1 - e * e2);
+  return t > 0.0f && t < most ? t : 0.5f * s;
+}
+
+// Three steps from the edge of the box about sRGB in (a, b), and as much inwards as puts the border in the middle of
+// [t, t + 2^-16]: so for 97 to 99.9 of 100 colours outside. `gamut_border` tells for which.
+FC_INLINE float gamut_guess(float L, float a, float b) {
+  const float beyond_a = a > 0.0f ? a * (1.0f / 98.4f) : a * (-1.0f / 86.3f);
+  const float beyond_b = b > 0.0f ? b * (1.0f / 94.6f) : b * (-1.0f / 107.9f);
+  const float beyond = beyond_a > beyond_b ? beyond_a : beyond_b;
+  const float most = 1.0f / (beyond > 1.0f ? beyond : 1.0f);
+  float t = most;
+  FC_UNROLL
+  for (int i = 0; i < 3; ++i) t = gamut_halley(L, a, b, t, most);
+  const float y = lab_f_inverse((L + 16.0f) * (1.0f / 116.0f));
+  const bool grey_fits = gamut_excess(xyz_to_rgb({y, y, y})) <= kGamutTolerance;
+  t -= 0.5f * kGamutStep;
+  return grey_fits && t > 0.0f ? t : 0.0f;
+}
+
+// Whether the border is between t and t + 2^-16, or t is 0 and nothing fits.
+FC_INLINE bool gamut_border(float L, float a, float b, float t) {
+  return (t == 0.0f || gamut_fits(L, a, b, t)) && !gamut_fits(L, a, b, t + kGamutStep);
+}
+
+// By bisection from the inside, which needs no guess.
+FC_INLINE float gamut_bisect(float L, float a, float b) {
   float low = 0.0f, high = 1.0f;
   FC_UNROLL  // a loop inside would keep the loop over pixels from vectorizing
   for (int i = 0; i < kBisections; ++i) {
     const float t = 0.5f * (low + high);
-    const bool fits = gamut_excess(lab_to_linear(L, t * a, t * b)) <= kGamutTolerance;
+    const bool fits = gamut_fits(L, a, b, t);
     low = fits ? t : low;
     high = fits ? high : t;
   }
-  return gamut_excess(lab_to_linear(L, a, b)) <= kGamutTolerance ? 1.0f : low;
+  return low;
+}
+
+// For single pixels; with branches.
+FC_INLINE float gamut_scale(float L, float a, float b) {
+  if (gamut_fits(L, a, b, 1.0f)) return 1.0f;
+  const float t = gamut_guess(L, a, b);
+  return gamut_border(L, a, b, t) ? t : gamut_bisect(L, a, b);
 }
 
 // Gradient of (L, a, b) -> (L, t a, t b), t = gamut_scale, given the gradient of the right-hand side at the scaled

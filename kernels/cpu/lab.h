@@ -26,4 +26,7 @@ void lab_to_rgb_backward(const float* grad_rgb, bool grad_rgb_interleaved, const
 void inverse_cbrt(const float* x, float* out, int64_t n);
 void power(const float* x, float p, float* out, int64_t n);
 
+// How much of (a, b) keeps each colour of lab, planar [3, n], inside sRGB: t [n].
+void gamut_scales(const float* lab, float* t, int64_t n);
+
 }  // namespace fastcolor::cpu

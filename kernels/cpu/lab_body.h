@@ -55,41 +55,113 @@ inline void lab_run_to_linear(Run& run, int64_t n) {
   }
 }
 
-inline void scale_into_gamut(const float* L, float* a, float* b, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float t = gamut_scale(L[i], a[i], b[i]);
-    a[i] *= t, b[i] *= t;
-  }
-}
-
-// To linear light at x, y, z; how many are outside sRGB.
+// To linear light at x, y, z; whether each is outside sRGB, and how many are.
 inline int lab_to_linear_and_count(const float* L, const float* a, const float* b, float* x, float* y, float* z,
-                                   int64_t n) {
-  int outside = 0;  // not the largest excess: a maximum of floats does not vectorize without -ffast-math
-#pragma omp simd reduction(+ : outside)
+                                   int32_t* outside, int64_t n) {
+  int count = 0;  // not the largest excess: a maximum of floats does not vectorize without -ffast-math
+#pragma omp simd reduction(+ : count)
   for (int64_t i = 0; i < n; ++i) {
     const Triple c = lab_to_linear(L[i], a[i], b[i]);
-    outside += gamut_excess(c) > kGamutTolerance ? 1 : 0;
+    outside[i] = gamut_excess(c) > kGamutTolerance ? 1 : 0;
+    count += outside[i];
     x[i] = c.x, y[i] = c.y, z[i] = c.z;
   }
-  return outside;
+  return count;
 }
 
-// Lab to linear light inside sRGB. Bisection costs some thirty times a conversion: pieces that are wholly inside, as most
-// are, go without.
-inline void lab_run_to_linear_inside(Run& run, int64_t n) {
-  constexpr int64_t kPiece = 32;
-  alignas(64) float x[kPiece], y[kPiece], z[kPiece];
-  for (int64_t i = 0; i < n; i += kPiece) {
-    float *L = run.c[0] + i, *a = run.c[1] + i, *b = run.c[2] + i;
-    const int64_t m = n - i < kPiece ? n - i : kPiece;
-    if (lab_to_linear_and_count(L, a, b, x, y, z, m) > 0) {
-      scale_into_gamut(L, a, b, m);
-      lab_to_linear_and_count(L, a, b, x, y, z, m);
-    }
-    memcpy(L, x, m * sizeof(float)), memcpy(a, y, m * sizeof(float)), memcpy(b, z, m * sizeof(float));
+// Appends to `at` the places of those of n flags that are set, each plus `start`; returns their new count.
+inline int64_t append_places(const int32_t* set, int64_t start, int64_t n, int32_t* at, int64_t count) {
+  for (int64_t i = 0; i < n; ++i) {
+    at[count] = int32_t(start + i);
+    count += set[i];
   }
+  return count;
+}
+
+// The colours at some places of a run, one after the other; then greys up to a whole number of vectors, since what is left
+// over goes one by one. Returns how many that makes.
+inline int64_t gather(const Run& from, const int32_t* at, int64_t count, Run& to) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < 3; ++c) to.c[c][i] = from.c[c][at[i]];
+  }
+  const int64_t whole = (count + 15) / 16 * 16;
+  for (int64_t i = count; i < whole; ++i) to.c[0][i] = 50.0f, to.c[1][i] = to.c[2][i] = 0.0f;
+  return whole;
+}
+
+// Colours outside sRGB, by themselves: few pictures have many.
+struct Outside {
+  int64_t count;
+  int32_t at[kRun];  // where they are in their run
+  Run lab;
+  alignas(64) float t[kRun];  // their gamut scales
+};
+
+inline void scale_into_gamut(Outside& o) {
+  const float *L = o.lab.c[0], *a = o.lab.c[1], *b = o.lab.c[2];
+  const int64_t whole = (o.count + 15) / 16 * 16;
+  alignas(64) int32_t left[kRun];
+#pragma omp simd
+  for (int64_t i = 0; i < whole; ++i) {
+    const float t = gamut_guess(L[i], a[i], b[i]);
+    left[i] = gamut_border(L[i], a[i], b[i], t) ? 0 : 1;
+    o.t[i] = t;
+  }
+  int32_t at[kRun];
+  const int64_t count = append_places(left, 0, o.count, at, 0);
+  if (count == 0) return;
+  Run lab;
+  const int64_t end = gather(o.lab, at, count, lab);
+  float *l = lab.c[0], *p = lab.c[1], *q = lab.c[2];
+#pragma omp simd
+  for (int64_t i = 0; i < end; ++i) l[i] = gamut_bisect(l[i], p[i], q[i]);
+  for (int64_t i = 0; i < count; ++i) o.t[at[i]] = l[i];
+}
+
+// A run in linear light, and those of its colours that are outside sRGB, with their scales.
+inline void lab_run_to_linear_and_outside(const Run& lab, Run& linear, Outside& o, int64_t n) {
+  constexpr int64_t kPiece = 32;  // most are wholly inside
+  alignas(64) int32_t set[kPiece];
+  o.count = 0;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = n - i < kPiece ? n - i : kPiece;
+    if (lab_to_linear_and_count(lab.c[0] + i, lab.c[1] + i, lab.c[2] + i, linear.c[0] + i, linear.c[1] + i,
+                                linear.c[2] + i, set, m) > 0) {
+      o.count = append_places(set, i, m, o.at, o.count);
+    }
+  }
+  if (o.count == 0) return;
+  gather(lab, o.at, o.count, o.lab);
+  scale_into_gamut(o);
+}
+
+// Lab to linear light inside sRGB.
+inline void lab_run_to_linear_inside(Run& run, int64_t n) {
+  Run linear;
+  Outside o;
+  lab_run_to_linear_and_outside(run, linear, o, n);
+  if (o.count > 0) {
+    float *L = o.lab.c[0], *a = o.lab.c[1], *b = o.lab.c[2];
+    const int64_t whole = (o.count + 15) / 16 * 16;
+#pragma omp simd
+    for (int64_t i = 0; i < whole; ++i) {
+      const Triple c = lab_to_linear(L[i], o.t[i] * a[i], o.t[i] * b[i]);
+      L[i] = c.x, a[i] = c.y, b[i] = c.z;
+    }
+    for (int64_t i = 0; i < o.count; ++i) {
+      for (int c = 0; c < 3; ++c) linear.c[c][o.at[i]] = o.lab.c[c][i];
+    }
+  }
+  for (int c = 0; c < 3; ++c) memcpy(run.c[c], linear.c[c], n * sizeof(float));
+}
+
+// The scale of each colour of a run.
+inline void gamut_scales(const Run& lab, float* t, int64_t n) {
+  Run linear;
+  Outside o;
+  lab_run_to_linear_and_outside(lab, linear, o, n);
+  for (int64_t i = 0; i < n; ++i) t[i] = 1.0f;
+  for (int64_t i = 0; i < o.count; ++i) t[o.at[i]] = o.t[i];
 }
 
 inline void rgb_to_lab_gradient(const Run& rgb, Run& grad, int64_t n) {
@@ -110,13 +182,10 @@ FC_INLINE float encode_gradient(float c, float grad) {
   return c >= 0.0f && c <= 1.0f ? grad * linear_to_srgb_slope(c) : 0.0f;
 }
 
-template <bool kPreserve>
 FC_INLINE Triple lab_to_rgb_gradient(float L, float a, float b, float grad_r, float grad_g, float grad_b) {
-  const float t = kPreserve ? gamut_scale(L, a, b) : 1.0f;
-  const Triple c = lab_to_linear(L, t * a, t * b);
-  const Triple d = lab_to_linear_backward(L, t * a, t * b, encode_gradient(c.x, grad_r), encode_gradient(c.y, grad_g),
-                                          encode_gradient(c.z, grad_b));
-  return kPreserve ? gamut_scale_backward(L, a, b, t, d) : d;
+  const Triple c = lab_to_linear(L, a, b);
+  return lab_to_linear_backward(L, a, b, encode_gradient(c.x, grad_r), encode_gradient(c.y, grad_g),
+                                encode_gradient(c.z, grad_b));
 }
 
 inline void clip_gradient(const Run& lab, Run& grad, int64_t n) {
@@ -124,17 +193,20 @@ inline void clip_gradient(const Run& lab, Run& grad, int64_t n) {
   float *x = grad.c[0], *y = grad.c[1], *z = grad.c[2];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Triple d = lab_to_rgb_gradient<false>(L[i], a[i], b[i], x[i], y[i], z[i]);
+    const Triple d = lab_to_rgb_gradient(L[i], a[i], b[i], x[i], y[i], z[i]);
     x[i] = d.x, y[i] = d.y, z[i] = d.z;
   }
 }
 
 inline void preserve_gradient(const Run& lab, Run& grad, int64_t n) {
+  alignas(64) float t[kRun];
+  gamut_scales(lab, t, n);
   const float *L = lab.c[0], *a = lab.c[1], *b = lab.c[2];
   float *x = grad.c[0], *y = grad.c[1], *z = grad.c[2];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Triple d = lab_to_rgb_gradient<true>(L[i], a[i], b[i], x[i], y[i], z[i]);
+    const Triple inside = lab_to_rgb_gradient(L[i], t[i] * a[i], t[i] * b[i], x[i], y[i], z[i]);
+    const Triple d = gamut_scale_backward(L[i], a[i], b[i], t[i], inside);
     x[i] = d.x, y[i] = d.y, z[i] = d.z;
   }
 }
@@ -153,4 +225,4 @@ inline void power(const float* x, float p, float* out, int64_t n) {
 
 const LabKernels kKernels = {load_words, load_floats, store_floats, store_bytes, store_words, decode_srgb, encode_srgb,
                           linear_run_to_lab, lab_run_to_linear, lab_run_to_linear_inside, rgb_to_lab_gradient, clip_gradient,
-                          preserve_gradient, inverse_cbrt, power};
+                          preserve_gradient, gamut_scales, inverse_cbrt, power};

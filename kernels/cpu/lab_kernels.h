@@ -19,6 +19,7 @@ struct LabKernels {
   void (*rgb_to_lab_gradient)(const Run&, Run&, int64_t);
   void (*clip_gradient)(const Run&, Run&, int64_t);
   void (*preserve_gradient)(const Run&, Run&, int64_t);
+  void (*gamut_scales)(const Run&, float*, int64_t);
   void (*inverse_cbrt)(const float*, float*, int64_t);
   void (*power)(const float*, float, float*, int64_t);
 };

@@ -87,12 +87,6 @@ struct RgbToLabBackward {
   }
 };
 
-// 1 for colours inside sRGB: bisection costs some ten times a conversion, and most warps go without.
-__device__ float scale_into_gamut(const Pixel<float>& lab) {
-  if (gamut_excess(lab_to_linear(lab.x, lab.y, lab.z)) <= kGamutTolerance) return 1.0f;
-  return gamut_scale(lab.x, lab.y, lab.z);
-}
-
 template <typename T, bool kPreserveLightness>
 struct LabToRgb {
   static constexpr int kTable = 1;
@@ -103,7 +97,7 @@ struct LabToRgb {
   static __device__ void encode(float linear, float& out) { out = linear_to_srgb(clip(linear)); }
 
   __device__ Pixel<T> operator()(const Pixel<float>& lab) const {
-    const float t = kPreserveLightness ? scale_into_gamut(lab) : 1.0f;
+    const float t = kPreserveLightness ? gamut_scale(lab.x, lab.y, lab.z) : 1.0f;
     const Triple c = lab_to_linear(lab.x, t * lab.y, t * lab.z);
     Pixel<T> rgb;
     encode(c.x, rgb.x), encode(c.y, rgb.y), encode(c.z, rgb.z);
@@ -122,7 +116,7 @@ struct LabToRgbBackward {
   }
 
   __device__ Pixel<float> operator()(const Pixel<float>& grad, const Pixel<float>& lab) const {
-    const float t = kPreserveLightness ? scale_into_gamut(lab) : 1.0f;
+    const float t = kPreserveLightness ? gamut_scale(lab.x, lab.y, lab.z) : 1.0f;
     const Triple c = lab_to_linear(lab.x, t * lab.y, t * lab.z);
     const Triple d = lab_to_linear_backward(lab.x, t * lab.y, t * lab.z, encode_gradient(c.x, grad.x),
                                             encode_gradient(c.y, grad.y), encode_gradient(c.z, grad.z));

@@ -296,6 +296,48 @@ def test_power_bound():
     assert largest_error(round_trip, c[:1].expand(3, -1, -1)) <= 4e-6
 
 
+@pytest.fixture(scope="module")
+def gamut_samples():
+    """2,400,000 colours, near sRGB and far outside, near black and near white, and their scales in float64."""
+    n = 480_000
+    generator = torch.Generator().manual_seed(1)
+    L = torch.rand(5, n, generator=generator, dtype=torch.float64) * 100
+    L[3], L[4] = L[3] * 0.08, 95 + L[4] * 0.05
+    L[:, 0], L[:, 1] = 0, 100
+    spread = torch.tensor([40.0, 120.0, 500.0, 20.0, 20.0], dtype=torch.float64)[:, None]
+    a, b = torch.randn(2, 5, n, generator=generator, dtype=torch.float64) * spread
+    lab = torch.stack((L, a, b)).flatten(1).float()
+    return lab, torch.cat([reference.gamut_scale(*part.double()) for part in lab.split(1 << 16, 1)])
+
+
+@every_simd
+@cpp
+def test_gamut_scale_bound(gamut_samples):
+    """The bound in lab_math.h: inside, and within 2^-16 of the border, as far as float32 tells the two apart."""
+    lab, exact = gamut_samples
+    t = torch.empty(lab.shape[1])
+    _backend.native("_cpu").gamut_scales(address(lab), address(t), t.numel())
+
+    def excess(scale):
+        L, a, b = lab.double()
+        channels = torch.stack(reference.lab_to_linear(L, scale * a, scale * b))
+        return torch.maximum(channels.amax(0) - 1, -channels.amin(0))
+
+    rounding = 1e-6  # of linear light in float32
+    scale, beyond = t.double(), t.double() + 2**-16
+    assert (excess(scale) <= 1e-6 + rounding)[t > 0].all()
+    assert (excess(beyond) >= 1e-6 - rounding)[t < 1].all()
+    assert 0.5 < (t < 1).float().mean() < 0.95
+    assert ((t >= 0) & (t <= 1)).all()
+    # the border of the reference, but on lines that leave sRGB and enter it again; rounding shifts t where chroma is small
+    chroma = lab[1:].double().norm(dim=0)
+    off = (scale - exact).abs()
+    elsewhere = (off > 2**-15) & (off * chroma > 2e-3)
+    assert elsewhere.float().mean() <= 1e-4
+    # and those have taken in more colour more often than less
+    assert (scale > exact)[elsewhere].float().mean() >= 0.5
+
+
 @cpp
 def test_threads_do_not_change_a_bit():
     rgb = torch.randint(0, 256, (3, 211, 307), dtype=torch.uint8)
