@@ -69,9 +69,9 @@ struct Rows {
     Column c;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      c.guide[k] = to_float(__ldg(guide + row[k] + i));
-      c.a[k] = to_float(__ldg(a + row[k] + i));
-      c.b[k] = to_float(__ldg(b + row[k] + i));
+      c.guide[k] = to_float(__ldg(guide + (row[k] + i)));
+      c.a[k] = to_float(__ldg(a + (row[k] + i)));
+      c.b[k] = to_float(__ldg(b + (row[k] + i)));
     }
     return c;
   }

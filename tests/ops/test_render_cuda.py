@@ -101,8 +101,11 @@ class Emulator:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     to = tmp_path_factory.mktemp("emulator") / "render.so"
+    # the processor would forgive an access that is not aligned, as a GPU does not
+    aligned = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command = [
-        COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+        COMPILER, *aligned,
+        "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
         f"-I{TESTS / 'cuda_emulator'}", f"-I{KERNELS}", *os.environ.get("FASTCOLOR_EMULATOR_FLAGS", "").split(),
         str(TESTS / "cuda_emulator" / "render.cpp"), "-o", str(to),
     ]  # fmt: skip
