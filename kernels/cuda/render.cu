@@ -229,7 +229,7 @@ __device__ Triple to_rgb(float L, float a, float b) {
 
 // `vectors`: all of memory is aligned to quads, and no quad reaches over the end of a row.
 template <typename T, bool kPreserveLightness>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kPreserveLightness ? 3 : 4)
     render_pixels(Scene<T> scene, Light light, Target target, bool vectors) {
   __shared__ Exchange exchanges[kWarps];
   const int lane = threadIdx.x % 32;

@@ -329,7 +329,7 @@ def test_gamut_scale_bound(gamut_samples):
     assert (excess(beyond) >= 1e-6 - rounding)[t < 1].all()
     assert 0.5 < (t < 1).float().mean() < 0.95
     assert ((t >= 0) & (t <= 1)).all()
-    # the border of the reference, but on lines that leave sRGB and enter it again; rounding shifts t where chroma is small
+    # the border of the reference, but on lines that leave sRGB and enter it again; rounding shifts t at small chroma
     chroma = lab[1:].double().norm(dim=0)
     off = (scale - exact).abs()
     elsewhere = (off > 2**-15) & (off * chroma > 2e-3)
