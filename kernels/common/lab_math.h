@@ -195,15 +195,15 @@ FC_INLINE bool gamut_fits(float L, float a, float b, float t) {
 
 // From s, by Halley's method, to where the channel that is furthest out at s comes to its bound: on either piece of
 // lab_f_inverse a channel is a polynomial in s of degree 3 or 1, of which two derivatives cost little. Where that leads out
-// of [0, most], half of s.
-FC_INLINE float gamut_halley(float L, float a, float b, float s, float most) {
+// of [low, most], half of the way from s to low.
+FC_INLINE float gamut_halley(float L, float a, float b, float s, float low, float most) {
   const float fy = (L + 16.0f) * (1.0f / 116.0f), of_x = a * 0.002f, of_z = b * -0.005f;
   const float fx = fy + s * of_x, fz = fy + s * of_z;
   const Triple c = xyz_to_rgb({lab_f_inverse(fx), lab_f_inverse(fy), lab_f_inverse(fz)});
   const float x1 = lab_f_inverse_slope(fx) * of_x, x2 = fx > kInverseKnee ? 6.0f * fx * of_x * of_x : 0.0f;
   const float z1 = lab_f_inverse_slope(fz) * of_z, z2 = fz > kInverseKnee ? 6.0f * fz * of_z * of_z : 0.0f;
   const float high = c.x > c.y ? c.x : c.y, highest = high > c.z ? high : c.z;
-  const float low = c.x < c.y ? c.x : c.y, lowest = low < c.z ? low : c.z;
+  const float less = c.x < c.y ? c.x : c.y, lowest = less < c.z ? less : c.z;
   const bool above = highest - 1.0f > -lowest;
   const float bound = above ? highest : lowest, sign = above ? 1.0f : -1.0f;
   const bool red = c.x == bound, green = c.y == bound;
@@ -211,19 +211,23 @@ FC_INLINE float gamut_halley(float L, float a, float b, float s, float most) {
   const float e = (above ? highest - 1.0f : -lowest) - kGamutTolerance;
   const float e1 = sign * (by_x * x1 + by_z * z1), e2 = sign * (by_x * x2 + by_z * z2);
   const float t = s - 2.0f * e * e1 / (2.0f * e1 * e1 - e * e2);
-  return t > 0.0f && t < most ? t : 0.5f * s;
+  return t > low && t < most ? t : 0.5f * (low + s);
 }
 
-// Three steps from the edge of the box about sRGB in (a, b), and as much inwards as puts the border in the middle of
-// [t, t + 2^-16]: so for 97 to 99.9 of 100 colours outside. `gamut_border` tells for which.
+// Three bisections, so that of several borders the one is found that bisection finds, then three steps from the outside,
+// and as much inwards as puts the border in the middle of [t, t + 2^-16]. `gamut_border` tells where that did not do.
 FC_INLINE float gamut_guess(float L, float a, float b) {
-  const float beyond_a = a > 0.0f ? a * (1.0f / 98.4f) : a * (-1.0f / 86.3f);
-  const float beyond_b = b > 0.0f ? b * (1.0f / 94.6f) : b * (-1.0f / 107.9f);
-  const float beyond = beyond_a > beyond_b ? beyond_a : beyond_b;
-  const float most = 1.0f / (beyond > 1.0f ? beyond : 1.0f);
+  float low = 0.0f, most = 1.0f;
+  FC_UNROLL
+  for (int i = 0; i < 3; ++i) {
+    const float t = 0.5f * (low + most);
+    const bool fits = gamut_fits(L, a, b, t);
+    low = fits ? t : low;
+    most = fits ? most : t;
+  }
   float t = most;
   FC_UNROLL
-  for (int i = 0; i < 3; ++i) t = gamut_halley(L, a, b, t, most);
+  for (int i = 0; i < 3; ++i) t = gamut_halley(L, a, b, t, low, most);
   const float y = lab_f_inverse((L + 16.0f) * (1.0f / 116.0f));
   const bool grey_fits = gamut_excess(xyz_to_rgb({y, y, y})) <= kGamutTolerance;
   t -= 0.5f * kGamutStep;

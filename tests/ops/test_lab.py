@@ -333,9 +333,7 @@ def test_gamut_scale_bound(gamut_samples):
     chroma = lab[1:].double().norm(dim=0)
     off = (scale - exact).abs()
     elsewhere = (off > 2**-15) & (off * chroma > 2e-3)
-    assert elsewhere.float().mean() <= 1e-4
-    # and those have taken in more colour more often than less
-    assert (scale > exact)[elsewhere].float().mean() >= 0.5
+    assert elsewhere.float().mean() <= 5e-5, f"{elsewhere.sum()} of {elsewhere.numel()}"
 
 
 @cpp
