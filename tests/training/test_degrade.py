@@ -76,9 +76,7 @@ def test_jpeg_is_that_of_libvips():
         loss = torch.tensor([100.0 - quality])
         ours = module._jpeg(torch.from_numpy(grey)[None].float() / 2.55, loss)[0] * 2.55
         off = np.abs(ours.clamp(0, 255).numpy() - expected)
-        assert (
-            off.mean() <= 0.45
-        )  # it rounds coefficients and pixels to integers; a coefficient between two may go either way
+        assert off.mean() <= 0.45  # coefficients between two integers may go either way
 
 
 def test_blur_keeps_the_mean_of_a_line_and_spreads_it():
