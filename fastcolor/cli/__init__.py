@@ -9,6 +9,7 @@ import typer
 from fastcolor._version import __version__
 from fastcolor.cli.colorize import colorize
 from fastcolor.cli.info import info
+from fastcolor.cli.pack import pack
 from fastcolor.cli.train import train
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ def _root(
 
 app.command()(colorize)
 app.command()(train)
+app.command()(pack)
 app.command()(info)
 
 

@@ -88,6 +88,24 @@ def _open(path: Path, page: int, shrink: int) -> pyvips.Image:
         raise ImageError(f"{path}: not a readable image ({reason(error)})") from error
 
 
+def open_bytes(data: bytes, name: str, *, shrink: int = 1) -> pyvips.Image:
+    """As `open_file`, of a file's content in memory; `name` is what errors call it.
+
+    Raises:
+        ImageError: empty, or not an image.
+    """
+    pyvips = libvips()
+    if not data:
+        raise ImageError(f"{name}: the file is empty")
+    try:
+        image = pyvips.Image.new_from_buffer(data, "", fail_on="truncated", access="sequential")
+        if shrink > 1 and image.get("vips-loader") == "jpegload_buffer":
+            return pyvips.Image.new_from_buffer(data, "", fail_on="truncated", access="sequential", shrink=shrink)
+        return image
+    except pyvips.Error as error:
+        raise ImageError(f"{name}: not a readable image ({reason(error)})") from error
+
+
 def to_srgb(image: pyvips.Image) -> tuple[pyvips.Image, pyvips.Image | None]:
     """(1 or 3 bands of sRGB, 8 or 16 bits deep as the file is; alpha or None): upright, colour profile applied.
 

@@ -18,10 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastcolor.imaging.find import find_images
-from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, open_file, reason, to_srgb
-
-GREY = "greyscale: no colour to learn from"
-_GREY_LEVELS = 3  # largest difference between channels, of 255, in a picture that counts as grey
+from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, reason, to_srgb
+from fastcolor.training.sources import (
+    GREY,
+    PACK,
+    PackError,
+    find_tars,
+    is_grey,
+    is_packed,
+    list_pack,
+    list_tars,
+    open_photo,
+)  # fmt: skip
 
 
 class DataError(ValueError):
@@ -46,17 +54,25 @@ class Problems:
 
 
 def find_photos(data: str | Path) -> tuple[list[Path], list[Path]]:
-    """Training and validation files of a folder; without folders train/ and val/ inside, all are in the first list.
+    """Training and validation photos of a folder; without folders train/ and val/ inside, all are in the first list.
+
+    The folder may hold images, nested or not, or tar files of images (WebDataset), or be a pack (`fastcolor pack`).
 
     Raises:
-        DataError: no such folder, or no images in it.
+        DataError: no such folder, no images in it, or a pack or tar file that cannot be read.
     """
     data = Path(data)
     if not data.is_dir():
         raise DataError(f"{data}: {'is a file' if data.exists() else 'no such folder'}, expected a folder of images")
-    apart = (data / "train").is_dir() and (data / "val").is_dir()
-    folders = [data / "train", data / "val"] if apart else [data]
-    found = [find_images(folder) for folder in folders]
+    try:
+        if (data / PACK).exists():
+            packed = list_pack(data)
+            return packed.get("train", packed.get("all", [])), packed.get("val", [])
+        apart = (data / "train").is_dir() and (data / "val").is_dir()
+        folders = [data / "train", data / "val"] if apart else [data]
+        found = [list_tars(tars) if (tars := find_tars(folder)) else find_images(folder) for folder in folders]
+    except (PackError, ImageError) as error:
+        raise DataError(str(error)) from error
     for folder, files in zip(folders, found, strict=True):
         if not files:
             raise DataError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES))})")
@@ -78,7 +94,9 @@ def check_headers(files: Sequence[Path], problems: Problems, advance: Callable[[
 
     def look(path: Path) -> str | None:
         try:
-            image = open_file(path)
+            if is_packed(path):
+                return None
+            image = open_photo(path)
             return GREY if image.interpretation in ("b-w", "grey16") and not image.get_typeof("palette") else None
         except ImageError as error:
             return str(error)
@@ -130,7 +148,7 @@ class PhotoCrops(Dataset):
 
     def _load(self, epoch: int | None, index: int) -> np.ndarray:
         path, size = self.files[index], self.size
-        image = open_file(path)
+        image = open_photo(path)
         width, height = image.width, image.height
         short = min(width, height)
         if epoch is None:
@@ -141,14 +159,15 @@ class PhotoCrops(Dataset):
             share, x, y, mirror = random.uniform(self.crop, 1), random.random(), random.random(), random.random() < 0.5
         side = short * math.sqrt(share)
         shrink = next((s for s in (8, 4, 2) if side / s >= size), 1)
-        if shrink > 1:
-            image = open_file(path, shrink=shrink)
-        image, _ = to_srgb(image)
-        if image.format == "ushort":
-            image = image.colourspace("srgb")
-        image = image.copy_memory()
-        if image.bands == 1 or _is_grey(image.numpy()):
-            raise ImageError(GREY)
+        if shrink > 1 and not is_packed(path):
+            image = open_photo(path, shrink=shrink)
+        if not is_packed(path):
+            image, _ = to_srgb(image)
+            if image.format == "ushort":
+                image = image.colourspace("srgb")
+            image = image.copy_memory()
+            if image.bands == 1 or is_grey(image.numpy()):
+                raise ImageError(GREY)
         side = max(1, round(min(image.width, image.height) * math.sqrt(share)))
         left, top = round(x * (image.width - side)), round(y * (image.height - side))
         image = image.crop(left, top, side, side).resize(size / side, vscale=size / side)
@@ -156,12 +175,6 @@ class PhotoCrops(Dataset):
         if pixels.shape != (size, size, 3):  # rounding inside the resize
             pixels = image.embed(0, 0, size, size, extend="copy").numpy()
         return np.ascontiguousarray(pixels[:, ::-1] if mirror else pixels)
-
-
-def _is_grey(pixels: np.ndarray) -> bool:
-    """Whether the channels [H, W, 3] differ by no more than rounding does."""
-    rest = pixels[..., 1:].astype(np.int16)
-    return bool((np.abs(rest - pixels[..., :1]) <= _GREY_LEVELS).all())
 
 
 class EpochSampler(Sampler):

@@ -1,0 +1,294 @@
+"""Where photos lie: files of their own, members of tar files (WebDataset), or raw pixels in a pack.
+
+A photo inside another file has a path that says all that is needed to read it, so that lists of photos are lists of
+paths whatever they are, and workers need no index:
+
+    shards/00000.tar!1536:48213!0001.jpg          bytes 1536 to 1536 + 48213 of the tar file
+    packed/train/00000.bin!0:288:384!a/0001.jpg   288 × 384 pixels of RGB from byte 0 on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastcolor._files import atomic_path
+from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, open_bytes, open_file, reason, to_srgb
+
+if TYPE_CHECKING:
+    import pyvips
+
+PACK = "pack.json"
+VERSION = 1
+_INSIDE = re.compile(r"(?P<file>.*\.(?:tar|bin))!(?P<place>[0-9:]+)!(?P<name>.*)", re.DOTALL)
+_BATCH = 64  # photos that are decoded together
+_SPLITS = ("train", "val", "all")
+GREY = "greyscale: no colour to learn from"
+_GREY_LEVELS = 3  # largest difference between channels, of 255, in a picture that counts as grey
+
+
+class PackError(ValueError):
+    """A pack that cannot be made or read. The message names it."""
+
+
+def open_photo(path: str | Path, *, shrink: int = 1) -> pyvips.Image:
+    """A photo wherever it lies, opened lazily. `shrink` as of `open_file`.
+
+    Raises:
+        ImageError: missing, empty, or not an image.
+    """
+    inside = _INSIDE.fullmatch(str(path))
+    if inside is None:
+        return open_file(path, shrink=shrink)
+    file, name = inside["file"], f"{inside['file']}!{inside['name']}"
+    place = [int(n) for n in inside["place"].split(":")]
+    try:
+        if file.endswith(".tar"):
+            start, size = place
+            return open_bytes(os.pread(_handle(file), size, start), name, shrink=shrink)
+        start, height, width = place
+        pixels = _mapped(file)[start : start + 3 * height * width]
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or error}") from error
+    if len(pixels) < 3 * height * width:
+        raise ImageError(f"{name}: the file ends before these pixels do")
+    image = libvips().Image.new_from_memory(pixels.data, width, height, 3, "uchar")
+    return image.copy(interpretation="srgb")
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether these are pixels of a pack, which hold what was checked when they were written."""
+    inside = _INSIDE.fullmatch(str(path))
+    return inside is not None and inside["file"].endswith(".bin")
+
+
+@lru_cache(maxsize=512)
+def _handle(file: str) -> int:
+    return os.open(file, os.O_RDONLY)
+
+
+@lru_cache(maxsize=512)
+def _mapped(file: str) -> np.ndarray:
+    return np.memmap(file, np.uint8, "r")
+
+
+def is_grey(pixels: np.ndarray) -> bool:
+    """Whether the channels [H, W, 3] differ by no more than rounding does."""
+    rest = pixels[..., 1:].astype(np.int16)
+    return bool((np.abs(rest - pixels[..., :1]) <= _GREY_LEVELS).all())
+
+
+# --- tar files --------------------------------------------------------------------------------------------------------
+
+
+def find_tars(folder: Path) -> list[Path]:
+    """Tar files right in a folder, in order."""
+    return sorted(p for p in folder.glob("*.tar") if not p.name.startswith(".")) if folder.is_dir() else []
+
+
+def list_tars(tars: Sequence[Path]) -> list[Path]:
+    """The images of uncompressed tar files, by headers alone: their pixels are read when they are needed.
+
+    Raises:
+        ImageError: not a tar file, or a compressed one, in which nothing can be found without reading all before it.
+    """
+
+    def members(tar: Path) -> list[Path]:
+        try:
+            with tarfile.open(tar, "r:") as file:
+                return [
+                    Path(f"{tar}!{m.offset_data}:{m.size}!{m.name}")
+                    for m in file
+                    if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES and not Path(m.name).name.startswith(".")
+                ]
+        except (tarfile.TarError, OSError) as error:
+            raise ImageError(f"{tar}: not a readable, uncompressed tar file ({error})") from error
+
+    with ThreadPoolExecutor(8) as pool:
+        return [photo for found in pool.map(members, tars) for photo in found]
+
+
+# --- packs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """What `pack` did: photos written and left out, each with its reason, and whether it came to the end."""
+
+    photos: int
+    left_out: dict[str, str]
+    finished: bool
+
+
+def pack(
+    splits: dict[str, Sequence[Path]],
+    root: Path,
+    out: Path,
+    size: int = 288,
+    shard_bytes: int = 1 << 30,
+    jobs: int = 0,
+    advance: Callable[[], None] = lambda: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Packed:
+    """Writes photos as raw sRGB pixels that training maps into memory: no epoch decodes a file any more.
+
+    A shard is OUT/SPLIT/00000.bin, the pixels of one photo after another, and 00000.npz, which says where each lies;
+    a pack that was interrupted goes on after its last whole shard.
+
+    Args:
+        splits: photos of "train" and "val", or of "all".
+        root: the folder that names are relative to.
+        out: folder of the pack; made where it is missing.
+        size: short side that larger photos are shrunk to; smaller ones stay. 9/8 of the crops that are trained on or
+            more leaves random crops something to choose from.
+        shard_bytes: of a shard, about.
+        jobs: threads that decode; 0 for all processors.
+        advance: called for each photo. stopped: asked between photos.
+
+    Raises:
+        PackError: `out` holds another pack. OSError: it cannot be written.
+    """
+    if not 16 <= size <= 4096:
+        raise PackError(f"size must be between 16 and 4096 pixels, got {size}")
+    out.mkdir(parents=True, exist_ok=True)
+    head = {
+        "version": VERSION,
+        "size": size,
+        "photos": {split: len(files) for split, files in splits.items()},
+        "finished": False,
+    }
+    before = _head(out) if (out / PACK).exists() else None
+    if before is not None and {**before, "finished": False} != head:
+        raise PackError(
+            f"{out}: holds a pack of {before['photos']} photos at size {before['size']}, not of {head['photos']} at "
+            f"{size}; remove it, or choose another folder"
+        )
+    if before is None:
+        _write_head(out, head)
+    photos, left_out, finished = 0, {}, True
+    for split, files in splits.items():
+        for shard in _shards(files, root, out / split, size, shard_bytes, jobs, advance, stopped):
+            photos += len(shard["names"])
+            left_out |= dict(zip(shard["bad"].tolist(), shard["why"].tolist(), strict=True))
+            last = int(shard["consumed"])
+        finished = finished and (not files or last == len(files))
+        if not finished:
+            break
+    if finished:
+        _write_head(out, {**head, "finished": True})
+    return Packed(photos, left_out, finished)
+
+
+def _shards(files, root, folder, size, shard_bytes, jobs, advance, stopped) -> Iterator[dict[str, np.ndarray]]:
+    """The index of each shard: those that are there already, then those that are written now."""
+    number = consumed = 0
+    while (index := folder / f"{number:05d}.npz").exists():
+        shard = dict(np.load(index))
+        for _ in range(int(shard["consumed"]) - consumed):
+            advance()
+        number, consumed = number + 1, int(shard["consumed"])
+        yield shard
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        while consumed < len(files) and not stopped():
+            places, names, bad, at = [], [], {}, 0
+            with atomic_path(folder / f"{number:05d}.bin") as temporary, open(temporary, "wb") as data:
+                while consumed < len(files) and at < shard_bytes and not stopped():
+                    several = files[consumed : consumed + _BATCH]
+                    for path, pixels in zip(several, pool.map(lambda p: _pixels(p, size), several), strict=True):
+                        name = str(path.relative_to(root))
+                        if isinstance(pixels, str):
+                            bad[name] = pixels
+                        else:
+                            data.write(pixels)
+                            places.append((at, *pixels.shape[:2]))
+                            names.append(name)
+                            at += pixels.nbytes
+                        advance()
+                    consumed += len(several)
+            shard = {
+                "places": np.array(places, np.int64).reshape(-1, 3),
+                "names": np.array(names, str),
+                "bad": np.array(list(bad), str),
+                "why": np.array(list(bad.values()), str),
+                "consumed": np.int64(consumed),
+            }
+            with atomic_path(folder / f"{number:05d}.npz") as temporary, open(temporary, "wb") as data:
+                np.savez(data, **shard)
+            number += 1
+            yield shard
+
+
+def _pixels(path: Path, size: int) -> np.ndarray | str:
+    """[H, W, 3] uint8 with a short side of `size` at most, or why there are none."""
+    try:
+        image = open_photo(path)
+        short = min(image.width, image.height)
+        shrink = next((s for s in (8, 4, 2) if short / s >= size), 1)
+        if shrink > 1:
+            image = open_photo(path, shrink=shrink)
+        image, _ = to_srgb(image)
+        if image.format == "ushort":
+            image = image.colourspace("srgb")
+        scale = size / min(image.width, image.height)
+        if scale < 1:
+            image = image.resize(scale)
+        pixels = image.numpy()
+    except ImageError as error:
+        return str(error)
+    except libvips().Error as error:
+        return f"{path}: broken ({reason(error)})"
+    return GREY if pixels.ndim == 2 or pixels.shape[2] == 1 or is_grey(pixels) else pixels
+
+
+def _write_head(out: Path, head: dict) -> None:
+    with atomic_path(out / PACK) as temporary:
+        temporary.write_text(json.dumps(head, indent=2) + "\n")
+
+
+def _head(folder: Path) -> dict:
+    try:
+        head = json.loads((folder / PACK).read_text())
+        version = head["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackError(f"{folder / PACK}: not the head of a pack ({error})") from error
+    if version != VERSION:
+        raise PackError(f"{folder}: a pack of version {version}, expected {VERSION}: pack the photos again")
+    return head
+
+
+def list_pack(folder: Path) -> dict[str, list[Path]]:
+    """The photos of a pack, by split.
+
+    Raises:
+        PackError: not a pack, of another version, not finished, or with a shard missing.
+    """
+    head = _head(folder)
+    if not head["finished"]:
+        raise PackError(
+            f"{folder}: this pack is not finished; run fastcolor pack again, which goes on where it stopped"
+        )
+    listed = {}
+    for split in (s for s in _SPLITS if s in head["photos"]):
+        photos, consumed, number = [], 0, 0
+        while consumed < head["photos"][split]:
+            data, index = (folder / split / f"{number:05d}.{suffix}" for suffix in ("bin", "npz"))
+            if not (data.exists() and index.exists()):
+                raise PackError(f"{data if index.exists() else index}: missing from the pack")
+            shard = np.load(index)
+            photos += [
+                Path(f"{data}!{start}:{height}:{width}!{name}")
+                for (start, height, width), name in zip(shard["places"], shard["names"], strict=True)
+            ]
+            consumed, number = int(shard["consumed"]), number + 1
+        listed[split] = photos
+    return listed
