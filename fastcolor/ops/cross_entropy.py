@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcolor.bins import ColorBins
+from fastcolor.bins import CELL, CELLS_FROM, ColorBins
 from fastcolor.ops import _backend
-from fastcolor.ops.labels import tables
+from fastcolor.ops.labels import device_tables, side_of, tables
 from fastcolor.reference import cross_entropy as reference
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -18,7 +18,7 @@ _MOST_NEIGHBORS = 16  # of the kernels
 _SMALLEST_SIGMA = 1e-6  # in ab units: far below it, squares of its inverse overflow
 _JOINT = ColorBins()
 
-_backend.offer("color_cross_entropy", "cpp")
+_backend.offer("color_cross_entropy", "triton", "cpp")
 
 
 def color_cross_entropy(
@@ -124,13 +124,28 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 
 def _run(logits, ab, weights, ignore, upstream, kind, centers, neighbors, sharpness, mean, loss, losses, grad) -> None:
-    """The C++ kernel; its arguments are those of kernels/cpu/cross_entropy.h."""
+    """The kernel; its arguments are those of kernels/cpu/cross_entropy.h."""
     last = _labels_last(logits)
     read = logits if last else logits.contiguous()
     own = None if centers is None else tuple(zip(centers[::2], centers[1::2], strict=True))
-    space = tables(kind, own, neighbors)
     plain = [None if x is None else x.float().contiguous() for x in (ab, weights, upstream)]
     mask = None if ignore is None else ignore.contiguous()
+    if _backend.choose("color_cross_entropy", logits.device).name == "triton":
+        from fastcolor.kernels.triton import cross_entropy  # triton is optional
+
+        each = ab.new_empty(logits.shape[0], *logits.shape[2:], dtype=torch.float32) if losses is None else losses
+        # on the device: nothing waits, and a graph can be captured
+        counted = each.numel() if mask is None else (~mask).sum()
+        scale = each.new_ones(()) / counted if mean else each.new_ones(())
+        cross_entropy.cross_entropy(
+            read, last, plain[0], device_tables(kind, own, neighbors, logits.device), side_of(kind), CELLS_FROM, CELL,
+            plain[1], mask, plain[2], scale, neighbors, sharpness, each, grad,
+        )  # fmt: skip
+        if loss is not None:
+            total = each.sum(dtype=torch.float64)
+            loss.copy_(total / counted if mean else total)
+        return
+    space = tables(kind, own, neighbors)
     of_ab, of_weights, of_upstream, of_mask, of_loss, of_losses, of_grad = (
         0 if x is None else x.data_ptr() for x in (*plain, mask, loss, losses, grad)
     )
@@ -177,7 +192,8 @@ for _schema, _implementation, _meta in (
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
-    _library.impl(_name, _implementation, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _device)
     torch.library.register_fake(f"fastcolor::{_name}", _meta, lib=_library)
 
 # Alone they drop gradients: callers go through the function above.
@@ -215,4 +231,6 @@ class _CrossEntropy(torch.autograd.Function):
         if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
             return (grad * upstream).to(grad.dtype), *none  # a graph that is kept may be gone through again
         # On the CPU a look at the factor is free, and a pass over the gradient is not: nearly always it is 1.
-        return grad if upstream.item() == 1 else grad.mul_(upstream), *none
+        if not grad.is_cuda and upstream.item() == 1:
+            return grad, *none
+        return grad.mul_(upstream), *none

@@ -37,8 +37,8 @@ def head_cross_entropy(
     """`color_cross_entropy(conv2d(features, weight, bias), ab, ...)` without the N·K logits and their gradient.
 
     Logits of some pixels are made, turned into their gradient in the cache, and that into the gradients of features,
-    weight and bias; the backward only scales those. Without a gradient, for few pixels, or where the loss runs on the
-    reference, it is those two operations.
+    weight and bias; the backward only scales those. Without a gradient, for few pixels, on a GPU, or where the loss runs on
+    the reference, it is those two operations.
 
     Args:
         features: [B, C, H, W] floating; channels_last is read in place.
@@ -66,9 +66,10 @@ def head_cross_entropy(
         raise ValueError(f"bias must have shape [{labels}], got {list(bias.shape)}")
     options = {"bins": bins, "weights": weights, "ignore": ignore, "neighbors": neighbors, "sigma": sigma}
     wants = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (features, weight, bias))
-    on_reference = op._chosen(features.device, _backend.forced()) == "reference"
+    # chunks are made for a cache; on a GPU they would be launches
+    on_cpp = features.device.type == "cpu" and op._chosen(features.device, _backend.forced()) == "cpp"
     few = features.numel() < _FEWEST * channels
-    if few or on_reference or not wants or op._left_to_reference(features, neighbors) or torch.compiler.is_compiling():
+    if few or not on_cpp or not wants or op._left_to_reference(features, neighbors) or torch.compiler.is_compiling():
         cast = [None if x is None else x.to(features.dtype) for x in (weight.reshape(labels, channels, 1, 1), bias)]
         return op.color_cross_entropy(F.conv2d(features, *cast), ab, reduction=reduction, **options)
     shape = [features.shape[0], 2, *features.shape[2:]]

@@ -15,35 +15,45 @@ _backend.offer("label_histogram", "cpp")
 _LANES = 16  # kTableLanes of kernels/cpu/labels.h
 
 
-class Tables:
-    """`kernels/cpu/labels.h: LabelTables`, and the tensors whose addresses it has."""
+def _arrays(bins: ColorBins, neighbors: int, lanes) -> tuple[Tensor, Tensor, Tensor]:
+    """Centers [axes, 2, count]; and for each cell of the ab plane the labels that may be near a colour in it: their
+    coordinates [axes, cells, 2, width] and numbers [axes, cells, width] int32, padded with inf and `count`.
 
-    def __init__(self, bins: ColorBins, neighbors: int):
+    `lanes` makes a width from the least that will do.
+    """
+    with torch.device("cpu"):
         if bins.kind == "joint":
             centers = bins.centers.float()[None]  # [axes, count, 2]
             labels = bins.candidates(neighbors, torch.device("cpu")).reshape(1, CELLS**2, -1)
-            side = CELLS
         else:  # two axes of one coordinate, each with all of its labels in one cell
             columns = bins.centers.float().T
             centers = torch.stack((columns, torch.zeros_like(columns)), -1)
             labels = torch.arange(len(bins.centers)).expand(2, 1, -1)
-            side = 1
         axes, count, _ = centers.shape
-        cells, width = labels.shape[1], -(-labels.shape[2] // _LANES) * _LANES
+        cells, width = labels.shape[1], lanes(labels.shape[2])
         padded = torch.full((axes, cells, width), count)
         padded[..., : labels.shape[2]] = labels
         far = torch.cat((centers, centers.new_full((axes, 1, 2), torch.inf)), 1)
         axis = torch.arange(axes)[:, None, None]
-        self.kept = (
-            centers.movedim(-1, 1).contiguous(),  # [axes, 2, count]
-            far[axis, padded].movedim(-1, 2).contiguous(),  # [axes, cells, 2, width]
-            padded.int(),
-        )
-        self.axes, self.count = axes, count
+        return centers.movedim(-1, 1).contiguous(), far[axis, padded].movedim(-1, 2).contiguous(), padded.int()
+
+
+def side_of(kind: str) -> int:
+    """Cells along a side of the table."""
+    return CELLS if kind == "joint" else 1
+
+
+class Tables:
+    """`kernels/cpu/labels.h: LabelTables`, and the tensors whose addresses it has."""
+
+    def __init__(self, bins: ColorBins, neighbors: int):
+        self.kept = _arrays(bins, neighbors, lambda n: -(-n // _LANES) * _LANES)
+        self.axes, _, self.count = self.kept[0].shape
         addresses = [x.data_ptr() for x in self.kept]
         self.native = _backend.native("_cpu").LabelTables(
-            axes, count, addresses[0], side, width, CELLS_FROM, CELL, *addresses[1:]
-        )
+            self.axes, self.count, addresses[0], side_of(bins.kind), self.kept[2].shape[2], CELLS_FROM, CELL,
+            *addresses[1:],
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -51,6 +61,16 @@ class Tables:
 def tables(kind: str, centers: tuple[tuple[float, float], ...] | None, neighbors: int) -> Tables:
     """Those of a label space for so many neighbours; kept, since they take a while to make."""
     return Tables(ColorBins(kind, centers), neighbors)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def device_tables(
+    kind: str, centers: tuple[tuple[float, float], ...] | None, neighbors: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_arrays` on a device, its width a power of two, as Triton's tiles are."""
+    arrays = _arrays(ColorBins(kind, centers), neighbors, lambda n: max(_LANES, 1 << (n - 1).bit_length()))
+    return tuple(x.to(device) for x in arrays)
 
 
 def nearest_labels(ab: Tensor, bins: ColorBins, neighbors: int = 1) -> tuple[Tensor, Tensor]:
