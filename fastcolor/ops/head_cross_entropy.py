@@ -37,8 +37,8 @@ def head_cross_entropy(
     """`color_cross_entropy(conv2d(features, weight, bias), ab, ...)` without the N·K logits and their gradient.
 
     Logits of some pixels are made, turned into their gradient in the cache, and that into the gradients of features,
-    weight and bias; the backward only scales those. Without a gradient, for few pixels, on a GPU, or where the loss runs on
-    the reference, it is those two operations.
+    weight and bias; the backward only scales those. Without a gradient, for few pixels, on a GPU, or where the loss
+    runs on the reference, it is those two operations.
 
     Args:
         features: [B, C, H, W] floating; channels_last is read in place.
