@@ -11,7 +11,7 @@ import typer
 
 def pack(
     data: Annotated[
-        Path, typer.Argument(help="Folder of images or of WebDataset tar files, or with train/ and val/ inside.")
+        Path, typer.Argument(help="Folder of images and of WebDataset tar files, or with train/ and val/ inside.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the pack; give it to `fastcolor train` as DATA.")],
     size: Annotated[int, typer.Option(help="Short side to keep, pixels: 9/8 of the training crops, or more.")] = 288,
@@ -21,7 +21,7 @@ def pack(
     """Decode photos once, so that no epoch of a training needs to.
 
     Writes raw pixels that training maps into memory: 3 bytes a pixel, 249 KB for 288 × 288. Photos that cannot be read
-    or have no colour are left out and counted. Ctrl-C stops after the shard under way; the same command goes on.
+    or have no colour are left out and counted. Ctrl-C stops after the photos under way; the same command goes on.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,7 +53,7 @@ def pack(
             finally:
                 for number, handler in before:
                     signal.signal(number, handler)
-    except (DataError, PackError, ImportError, OSError, ValueError) as error:
+    except (DataError, PackError, ImportError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     for name, why in list(result.left_out.items())[:5]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import signal
@@ -18,18 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastcolor.imaging.find import find_images
-from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, reason, to_srgb
+from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, reason
 from fastcolor.training.sources import (
     GREY,
     PACK,
     PackError,
     find_tars,
-    is_grey,
     is_packed,
     list_pack,
     list_tars,
     open_photo,
-)  # fmt: skip
+    read_photo,
+)
 
 
 class DataError(ValueError):
@@ -56,7 +55,7 @@ class Problems:
 def find_photos(data: str | Path) -> tuple[list[Path], list[Path]]:
     """Training and validation photos of a folder; without folders train/ and val/ inside, all are in the first list.
 
-    The folder may hold images, nested or not, or tar files of images (WebDataset), or be a pack (`fastcolor pack`).
+    The folder may hold images, nested or not, and tar files of images (WebDataset), or be a pack (`fastcolor pack`).
 
     Raises:
         DataError: no such folder, no images in it, or a pack or tar file that cannot be read.
@@ -70,7 +69,7 @@ def find_photos(data: str | Path) -> tuple[list[Path], list[Path]]:
             return packed.get("train", packed.get("all", [])), packed.get("val", [])
         apart = (data / "train").is_dir() and (data / "val").is_dir()
         folders = [data / "train", data / "val"] if apart else [data]
-        found = [list_tars(tars) if (tars := find_tars(folder)) else find_images(folder) for folder in folders]
+        found = [list_tars(find_tars(folder)) + find_images(folder) for folder in folders]
     except (PackError, ImageError) as error:
         raise DataError(str(error)) from error
     for folder, files in zip(folders, found, strict=True):
@@ -113,11 +112,6 @@ def check_headers(files: Sequence[Path], problems: Problems, advance: Callable[[
     return good
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """A short name for a list of files, by their names and order."""
-    return hashlib.sha256("\n".join(f"{f.parent.name}/{f.name}" for f in files).encode()).hexdigest()[:16]
-
-
 class PhotoCrops(Dataset):
     """Square crops [size, size, 3] uint8, asked for as (epoch, index).
 
@@ -147,27 +141,14 @@ class PhotoCrops(Dataset):
         raise DataError(f"{len(failed)} files in a row could not be used; the first: {failed[0][1]}")
 
     def _load(self, epoch: int | None, index: int) -> np.ndarray:
-        path, size = self.files[index], self.size
-        image = open_photo(path)
-        width, height = image.width, image.height
-        short = min(width, height)
+        size = self.size
         if epoch is None:
             share, x, y, mirror = 1.0, 0.5, 0.5, False
         else:
             # as numpy draws it from a sequence: nearby keys give unrelated streams
             random = np.random.default_rng((self.seed, epoch, index))
             share, x, y, mirror = random.uniform(self.crop, 1), random.random(), random.random(), random.random() < 0.5
-        side = short * math.sqrt(share)
-        shrink = next((s for s in (8, 4, 2) if side / s >= size), 1)
-        if shrink > 1 and not is_packed(path):
-            image = open_photo(path, shrink=shrink)
-        if not is_packed(path):
-            image, _ = to_srgb(image)
-            if image.format == "ushort":
-                image = image.colourspace("srgb")
-            image = image.copy_memory()
-            if image.bands == 1 or is_grey(image.numpy()):
-                raise ImageError(GREY)
+        image = read_photo(self.files[index], size / math.sqrt(share))
         side = max(1, round(min(image.width, image.height) * math.sqrt(share)))
         left, top = round(x * (image.width - side)), round(y * (image.height - side))
         image = image.crop(left, top, side, side).resize(size / side, vscale=size / side)

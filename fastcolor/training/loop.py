@@ -42,10 +42,10 @@ from fastcolor.training.data import (
     Problems,
     check_headers,
     find_photos,
-    fingerprint,
     make_loader,
     split,
 )
+from fastcolor.training.sources import fingerprint
 
 STATE, MODEL, HISTORY = "state.pt", "model.safetensors", "history.jsonl"
 _SAMPLES = 6  # pictures in the grid of each epoch

@@ -9,6 +9,7 @@ paths whatever they are, and workers need no index:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -64,6 +65,33 @@ def open_photo(path: str | Path, *, shrink: int = 1) -> pyvips.Image:
         raise ImageError(f"{name}: the file ends before these pixels do")
     image = libvips().Image.new_from_memory(pixels.data, width, height, 3, "uchar")
     return image.copy(interpretation="srgb")
+
+
+def read_photo(path: str | Path, wanted: float) -> pyvips.Image:
+    """A colour photo upright in 8-bit sRGB, in memory; decoded at a fraction of its size where the format allows it and
+    a short side of `wanted` pixels is left.
+
+    Raises:
+        ImageError: missing, empty, not an image, or without colour. pyvips.Error: pixels that are broken.
+    """
+    image = open_photo(path)
+    if is_packed(path):  # checked when it was written
+        return image
+    shrink = next((s for s in (8, 4, 2) if min(image.width, image.height) / s >= wanted), 1)
+    if shrink > 1:
+        image = open_photo(path, shrink=shrink)
+    image, _ = to_srgb(image)
+    if image.format == "ushort":
+        image = image.colourspace("srgb")
+    image = image.copy_memory()
+    if image.bands == 1 or is_grey(image.numpy()):
+        raise ImageError(GREY)
+    return image
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """A short name for a list of files, by their names and order."""
+    return hashlib.sha256("\n".join(f"{f.parent.name}/{f.name}" for f in files).encode()).hexdigest()[:16]
 
 
 def is_packed(path: str | Path) -> bool:
@@ -143,7 +171,7 @@ def pack(
     """Writes photos as raw sRGB pixels that training maps into memory: no epoch decodes a file any more.
 
     A shard is OUT/SPLIT/00000.bin, the pixels of one photo after another, and 00000.npz, which says where each lies;
-    a pack that was interrupted goes on after its last whole shard.
+    a pack that was stopped goes on after its last shard, and one that was killed after its last whole one.
 
     Args:
         splits: photos of "train" and "val", or of "all".
@@ -165,23 +193,25 @@ def pack(
         "version": VERSION,
         "size": size,
         "photos": {split: len(files) for split, files in splits.items()},
+        "files": {split: fingerprint(files) for split, files in splits.items()},
         "finished": False,
     }
     before = _head(out) if (out / PACK).exists() else None
     if before is not None and {**before, "finished": False} != head:
         raise PackError(
-            f"{out}: holds a pack of {before['photos']} photos at size {before['size']}, not of {head['photos']} at "
-            f"{size}; remove it, or choose another folder"
+            f"{out}: holds a pack of other photos or of another size ({before.get('photos')} at {before.get('size')}, "
+            f"now {head['photos']} at {size}); remove it, or choose another folder"
         )
     if before is None:
         _write_head(out, head)
     photos, left_out, finished = 0, {}, True
     for split, files in splits.items():
+        last = 0
         for shard in _shards(files, root, out / split, size, shard_bytes, jobs, advance, stopped):
             photos += len(shard["names"])
             left_out |= dict(zip(shard["bad"].tolist(), shard["why"].tolist(), strict=True))
             last = int(shard["consumed"])
-        finished = finished and (not files or last == len(files))
+        finished = last == len(files)
         if not finished:
             break
     if finished:
@@ -231,23 +261,13 @@ def _shards(files, root, folder, size, shard_bytes, jobs, advance, stopped) -> I
 def _pixels(path: Path, size: int) -> np.ndarray | str:
     """[H, W, 3] uint8 with a short side of `size` at most, or why there are none."""
     try:
-        image = open_photo(path)
-        short = min(image.width, image.height)
-        shrink = next((s for s in (8, 4, 2) if short / s >= size), 1)
-        if shrink > 1:
-            image = open_photo(path, shrink=shrink)
-        image, _ = to_srgb(image)
-        if image.format == "ushort":
-            image = image.colourspace("srgb")
+        image = read_photo(path, size)
         scale = size / min(image.width, image.height)
-        if scale < 1:
-            image = image.resize(scale)
-        pixels = image.numpy()
+        return (image.resize(scale) if scale < 1 else image).numpy()
     except ImageError as error:
         return str(error)
     except libvips().Error as error:
         return f"{path}: broken ({reason(error)})"
-    return GREY if pixels.ndim == 2 or pixels.shape[2] == 1 or is_grey(pixels) else pixels
 
 
 def _write_head(out: Path, head: dict) -> None:

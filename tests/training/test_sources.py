@@ -114,8 +114,10 @@ def test_pack_goes_on_after_an_interruption(photos, tmp_path, monkeypatch):
     assert not half.finished and 0 < half.photos < 12
     with pytest.raises(PackError, match="not finished; run fastcolor pack again"):
         list_pack(tmp_path / "out")
-    with pytest.raises(PackError, match="holds a pack of .* at size 40, not of"):
+    with pytest.raises(PackError, match="holds a pack of other photos or of another size"):
         pack({"all": files}, photos, tmp_path / "out", 44, 10_000)
+    with pytest.raises(PackError, match="holds a pack of other photos"):
+        pack({"all": files[::-1]}, photos, tmp_path / "out", 40, 10_000)
     rest = pack({"all": files}, photos, tmp_path / "out", 40, 10_000)
     assert rest.finished and rest.photos == 12
     for a, b in zip(*(list_pack(tmp_path / x)["all"] for x in ("whole", "out")), strict=True):
@@ -123,6 +125,28 @@ def test_pack_goes_on_after_an_interruption(photos, tmp_path, monkeypatch):
     (tmp_path / "out" / "all" / "00000.bin").unlink()
     with pytest.raises(DataError, match="00000.bin: missing from the pack"):
         find_photos(tmp_path / "out")
+
+
+def test_stopped_before_the_first_shard_of_a_split(photos, tmp_path):
+    files = find_images(photos)
+    at_once = pack({"all": files}, photos, tmp_path / "a", 40, stopped=lambda: True)
+    assert not at_once.finished and at_once.photos == 0
+    seen = 0
+
+    def advance():
+        nonlocal seen
+        seen += 1
+
+    splits = {"train": files[:6], "val": files[6:]}
+    between = pack(splits, photos, tmp_path / "b", 40, advance=advance, stopped=lambda: seen >= 6)
+    assert not between.finished and between.photos == 6
+    assert pack(splits, photos, tmp_path / "b", 40).finished and len(list_pack(tmp_path / "b")["val"]) == 6
+
+
+def test_tars_and_images_side_by_side(photos, tmp_path):
+    files = find_images(photos)
+    tar_of(files[:5], photos / "more.tar", photos)
+    assert len(find_photos(photos)[0]) == 17
 
 
 def test_pack_of_another_version(tmp_path):
