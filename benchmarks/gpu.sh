@@ -118,7 +118,7 @@ if [ $device = cuda ] && command -v compute-sanitizer > /dev/null; then
     step "compute-sanitizer $tool" sanitize $tool > "$scratch/$tool.log" 2>&1 || tail -n 30 "$scratch/$tool.log"
   done
 fi
-for file in $(grep -l -- '"--device"' benchmarks/ops/*.py); do  # those that have a GPU side
+for file in $(grep -l 'timing.parser(' benchmarks/ops/*.py); do  # those that have a GPU side
   name=$(basename "$file" .py)
   step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \
     ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"

@@ -29,6 +29,40 @@ COPY = "plain copy"
 _PACKAGES = ("fastcolor", "torch", "triton", "numpy", "scikit-image", "opencv-python-headless", "kornia")
 
 
+def parser(name: str, doc: str, size: str, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark of an operation has; `size` and `quick` are the help of those two."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.{name}", description=doc.splitlines()[0])
+    made.add_argument("--size", help=f"width x height; {size}")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
+    made.add_argument("--quick", action="store_true", help=quick)
+    made.add_argument("--threads", type=int, default=threads(), help="of every CPU candidate alike")
+    made.add_argument("--commit", help="to record, where there is no git")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options, with `size` as (width, height) or None, and the threads set."""
+    options = made.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch sees no CUDA device")
+    torch.set_num_threads(options.threads)
+    if options.size:
+        try:
+            width, height = (int(n) for n in options.size.split("x"))
+        except ValueError:
+            made.error(f"--size must look like 480x270, got {options.size}")
+        options.size = width, height
+    return options
+
+
+def finish(name: str, options: argparse.Namespace, record: dict, rows: list[dict]) -> int:
+    """Writes the results where they are wanted. The exit code: 1 where one of ours was too far off to be timed."""
+    if options.json:
+        print(f"written: {write(options.json, name, options.device, record, rows).name}")
+    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+
+
 @dataclass
 class Candidate:
     """One contestant: `run(i)` is its i-th call, so that it can rotate among its inputs."""

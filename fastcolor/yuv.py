@@ -119,9 +119,8 @@ def _to_xyz(primaries: str) -> torch.Tensor:
 
 
 def _from_xyz(primaries: str) -> tuple[tuple[float, float, float], ...]:
-    srgb = torch.tensor(XYZ_TO_RGB, dtype=torch.float64, device="cpu") * torch.tensor(
-        WHITE, dtype=torch.float64, device="cpu"
-    )
+    from_xyz, white = (torch.tensor(m, dtype=torch.float64, device="cpu") for m in (XYZ_TO_RGB, WHITE))
+    srgb = from_xyz * white
     if primaries == "bt709":
         return tuple(map(tuple, srgb.tolist()))
     return tuple(map(tuple, (_to_xyz(primaries).inverse() @ _to_xyz("bt709") @ srgb).tolist()))

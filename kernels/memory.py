@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/common/storage.h
+
 
 class Channels(NamedTuple):
     """A tensor of three channels in one of the two orders that kernels read without a copy."""

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -82,26 +80,10 @@ def table(title: str, moved: int, logits: torch.Tensor, exact: torch.Tensor, opt
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.annealed_mean", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="480x270", help="width x height")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
-    parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
-    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
-    parser.add_argument("--commit", help="to record, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    torch.set_num_threads(options.threads)
-    try:
-        width, height = (int(n) for n in options.size.split("x"))
-    except ValueError:
-        parser.error(f"--size must look like 480x270, got {options.size}")
+    parser = timing.parser("annealed_mean", __doc__, "480x270", "few samples, no torch.compile")
+    options = timing.parse(parser, arguments)
     record = timing.machine(options.device, options.commit)
-    rows = benchmark(width, height, options)
-    if options.json:
-        print(f"written: {timing.write(options.json, 'annealed_mean', options.device, record, rows).name}")
-    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+    return timing.finish("annealed_mean", options, record, benchmark(*(options.size or (480, 270)), options))
 
 
 if __name__ == "__main__":

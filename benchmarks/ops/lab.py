@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -234,34 +232,18 @@ def benchmark(op: str, width: int, height: int, device: str, quick: bool) -> lis
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.lab", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", help="width x height; 1920x1080, on CUDA 3840x2160")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
-    parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile, no second size")
-    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
-    parser.add_argument("--commit", help="to record, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    torch.set_num_threads(options.threads)
-    size = options.size or ("3840x2160" if options.device == "cuda" else "1920x1080")
-    try:
-        width, height = (int(n) for n in size.split("x"))
-    except ValueError:
-        parser.error(f"--size must look like 1920x1080, got {size}")
-
+    parser = timing.parser(
+        "lab", __doc__, "1920x1080, on CUDA 3840x2160", "few samples, no torch.compile, no second size"
+    )
+    options = timing.parse(parser, arguments)
+    size = options.size or ((3840, 2160) if options.device == "cuda" else (1920, 1080))
     record = timing.machine(options.device, options.commit)
-    sizes = [(width, height)] if options.quick else [(width, height), *SMALL]
     rows = []
     for op in ("rgb_to_lab", "lab_to_rgb"):
-        for w, h in sizes:
+        for w, h in [size] if options.quick else [size, *SMALL]:
             rows += (table := benchmark(op, w, h, options.device, options.quick))
             timing.show(table, table[0]["title"] + _floor(table[0]))
-    if options.json:
-        print(f"written: {timing.write(options.json, 'lab', options.device, record, rows).name}")
-    wrong = [r for r in rows if r["ours"] and r.get("why", "").startswith("off by")]
-    return 1 if wrong else 0
+    return timing.finish("lab", options, record, rows)
 
 
 def _floor(row: dict) -> str:

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -137,30 +135,18 @@ def benchmark(size: tuple[int, int, int], options) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", help="width x height of 16 images; 32x32 and 64x64, on CUDA 64 of 64x64")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
-    parser.add_argument("--quick", action="store_true", help="few samples, the smallest size, no torch.compile")
-    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
-    parser.add_argument("--commit", help="to record, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    torch.set_num_threads(options.threads)
+    sizes = "of 16 images; 32x32 and 64x64, on CUDA 64 of 64x64"
+    options = timing.parse(
+        timing.parser("loss", __doc__, sizes, "few samples, the smallest size, no torch.compile"), arguments
+    )
     record, rows = timing.machine(options.device, options.commit), []
     sizes = SIZES[options.device][: 1 if options.quick else None]
     if options.size:
-        try:
-            width, height = (int(n) for n in options.size.split("x"))
-        except ValueError:
-            parser.error(f"--size must look like 64x64, got {options.size}")
+        width, height = options.size
         sizes = [(2 if options.quick else 16, height, width)]
     for size in sizes:
         rows += benchmark(size, options)
-    if options.json:
-        print(f"written: {timing.write(options.json, 'loss', options.device, record, rows).name}")
-    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+    return timing.finish("loss", options, record, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ a plain copy take there. `--perf` counts instructions (Linux, where the machine 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import os
@@ -405,28 +404,17 @@ def on_cuda(images: int, width: int, height: int, quick: bool) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.mean_field", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", help="width x height; all of the sizes if left out")
+    parser = timing.parser(
+        "mean_field", __doc__, "all of the sizes if left out", "few samples, no torch.compile, the smallest size alone"
+    )
     parser.add_argument("--images", type=int, default=1, help="batch of --size, on CUDA")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
-    parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile, the smallest size alone")
     parser.add_argument("--perf", action="store_true", help="instructions per pixel, label and sweep, on the CPU")
-    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every candidate but pydensecrf alike")
-    parser.add_argument("--commit", help="to record, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    torch.set_num_threads(options.threads)
+    options = timing.parse(parser, arguments)
     sizes = CUDA_SIZES if options.device == "cuda" else SIZES
     if options.quick:
         sizes = sizes[:1]
     if options.size:
-        try:
-            width, height = (int(n) for n in options.size.split("x"))
-        except ValueError:
-            parser.error(f"--size must look like 480x270, got {options.size}")
-        sizes = [(options.images, width, height)]
+        sizes = [(options.images, *options.size)]
 
     record = timing.machine(options.device, options.commit)
     rows = []
@@ -438,10 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
                 table = on_cpu(width, height, options.quick, options.perf)
         rows += table
         timing.show(table, table[0]["title"])
-    if options.json:
-        print(f"written: {timing.write(options.json, 'mean_field', options.device, record, rows).name}")
-    wrong = [r for r in rows if r["ours"] and r.get("why", "").startswith("off by")]
-    return 1 if wrong else 0
+    return timing.finish("mean_field", options, record, rows)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from fastcolor.ops import _backend
 from fastcolor.reference import render as reference
 
 LEVEL_BOUND = 1.0  # of 8-bit levels, against float64: rounding alone is 0.5
-# Of 100,000 samples: where a line of one hue and lightness leaves sRGB and enters it again (one pixel of two million
+# Of 100,000 samples: where a line of one hue and lightness leaves sRGB and enters it again (four pixels of two million
 # here), bisection in float32 and in float64 may find different borders.
 EXCEPTIONS = 1
 YUV = fastcolor.YuvFormat()
@@ -223,28 +221,15 @@ def benchmark(width: int, height: int, options) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops.render", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", help="width x height; 1920x1080, on CUDA 3840x2160")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
-    parser.add_argument("--quick", action="store_true", help="few samples, no reference, no second size")
-    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every CPU candidate alike")
-    parser.add_argument("--commit", help="to record, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    torch.set_num_threads(options.threads)
-    size = options.size or ("3840x2160" if options.device == "cuda" else "1920x1080")
-    try:
-        width, height = (int(n) for n in size.split("x"))
-    except ValueError:
-        parser.error(f"--size must look like 1920x1080, got {size}")
+    parser = timing.parser(
+        "render", __doc__, "1920x1080, on CUDA 3840x2160", "few samples, no reference, no second size"
+    )
+    options = timing.parse(parser, arguments)
+    size = options.size or ((3840, 2160) if options.device == "cuda" else (1920, 1080))
     record, rows = timing.machine(options.device, options.commit), []
-    for w, h in [(width, height)] if options.quick else [(width, height), *SMALL]:
-        rows += benchmark(w, h, options)
-    if options.json:
-        print(f"written: {timing.write(options.json, 'render', options.device, record, rows).name}")
-    return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
+    for width, height in [size] if options.quick else [size, *SMALL]:
+        rows += benchmark(width, height, options)
+    return timing.finish("render", options, record, rows)
 
 
 if __name__ == "__main__":

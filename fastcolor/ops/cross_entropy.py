@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcolor.bins import CELL, CELLS_FROM, ColorBins
+from fastcolor.kernels.memory import STORAGE
 from fastcolor.ops import _backend
 from fastcolor.ops.labels import device_tables, side_of, tables
 from fastcolor.reference import cross_entropy as reference
 
 _REDUCTIONS = ("mean", "sum", "none")
 
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/common/storage.h
 _MOST_NEIGHBORS = 16  # of the kernels
 _SMALLEST_SIGMA = 1e-6  # in ab units: far below it, squares of its inverse overflow
 _JOINT = ColorBins()
@@ -99,7 +99,7 @@ def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
 
 def _left_to_reference(logits: Tensor, neighbors: int) -> bool:
     """Whether kernels do not take this; an error where a backend was asked for."""
-    if logits.dtype not in _STORAGE:
+    if logits.dtype not in STORAGE:
         why = f"{logits.dtype} is computed on the reference"
     elif neighbors > _MOST_NEIGHBORS:
         why = f"kernels take up to {_MOST_NEIGHBORS} neighbors, got {neighbors}"
@@ -150,7 +150,7 @@ def _run(logits, ab, weights, ignore, upstream, kind, centers, neighbors, sharpn
         0 if x is None else x.data_ptr() for x in (*plain, mask, loss, losses, grad)
     )
     _backend.native("_cpu").cross_entropy(
-        read.data_ptr(), _STORAGE[logits.dtype], last, logits.shape[0], logits.shape[2] * logits.shape[3],
+        read.data_ptr(), STORAGE[logits.dtype], last, logits.shape[0], logits.shape[2] * logits.shape[3],
         space.native, of_ab, of_weights, of_mask, of_upstream, neighbors, sharpness, mean, torch.get_num_threads(),
         of_loss, of_losses, of_grad,
     )  # fmt: skip

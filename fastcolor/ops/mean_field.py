@@ -16,13 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from fastcolor.bins import ColorBins
 from fastcolor.kernels.field import Gradients, Problem
+from fastcolor.kernels.memory import STORAGE
 from fastcolor.ops import _backend
 from fastcolor.reference import mean_field as reference
 from fastcolor.reference.mean_field import LabelFactors, Scalar, Similarity
 
 _backend.offer("mean_field", "cuda", "triton", "cpp")
 
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/cpu/mean_field.h
 _LARGEST = torch.finfo(torch.float32).max
 _MOST_PIXELS = (1 << 31) - (1 << 16)  # of an image on a GPU, where pixels are counted in 32 bits
 _MOST_COLUMNS = 64  # R of the kernels: above, products with A and B cost more than all else
@@ -385,7 +385,7 @@ class _Native:
         counts, dy, dx = (x.data_ptr() for x in whole)
         self.kept = problem, whole
         self.problem = _backend.native("_cpu").MeanFieldProblem(
-            logits.data_ptr(), _STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
+            logits.data_ptr(), STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
             len(problem.counts), counts, a.shape[1], a.data_ptr(), b.data_ptr(), guide.data_ptr(), len(problem.dy),
             dy, dx, space.data_ptr(), problem.sharpness.item(), _address(prior), problem.sweeps,
             problem.checkerboard, problem.damping, problem.uniform, torch.get_num_threads(),
@@ -419,7 +419,7 @@ class _NativeCuda:
         self.kept = problem, whole
         self.module = _backend.native("_cuda")
         self.problem = self.module.MeanFieldProblem(
-            logits.data_ptr(), _STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
+            logits.data_ptr(), STORAGE[logits.dtype], problem.labels_last, batch, labels, height, width,
             len(problem.counts), a.shape[1], len(problem.dy), reach_y, reach_x, whole.data_ptr(), a.data_ptr(),
             problem.b.data_ptr(), problem.guide.data_ptr(), problem.space.data_ptr(), problem.sharpness.data_ptr(),
             _address(prior), problem.sweeps, problem.checkerboard, problem.damping, problem.uniform,
@@ -454,7 +454,7 @@ def _fits_cuda(problem: Problem, backward: bool) -> bool:
     batch, labels, height, width = problem.logits.shape
     with torch.cuda.device(problem.logits.device):
         pixels = _backend.native("_cuda").mean_field_resident_pixels(
-            _STORAGE[problem.logits.dtype], labels, problem.a.shape[1], backward
+            STORAGE[problem.logits.dtype], labels, problem.a.shape[1], backward
         )
     if pixels == 0 and _backend.missing("triton") is not None:
         raise _backend.BackendError(

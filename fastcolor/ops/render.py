@@ -12,14 +12,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastcolor.kernels.memory import float32
+from fastcolor.kernels.memory import STORAGE, float32
 from fastcolor.ops import _backend
 from fastcolor.ops.lab import _FLOATS, _GAMUTS, _SAMPLES, _check_dtype
 from fastcolor.reference import render as reference
 from fastcolor.yuv import YuvFormat
 
 # Of kernels/common/storage.h: what is read, and what is written. The C++ kernels read float32 alone.
-_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SAMPLE = {**_SAMPLES, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 for _name in ("render", "render_uv", "luma_to_lightness"):
@@ -39,7 +38,7 @@ def _launch_render(
         gamut = _GAMUTS[preserve_lightness]
         return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last).contiguous()
     ab, guide = _low(ab, guide, backend)
-    light = (float32(L) if backend == "cpp" or L.dtype not in _STORAGE else L).contiguous()
+    light = (float32(L) if backend == "cpp" or L.dtype not in STORAGE else L).contiguous()
     places = _places_of(L.shape[2:], scale, (1, 1), (0.5, 0.5), L.device)
     if backend == "triton":
         return _triton().render(
@@ -50,7 +49,7 @@ def _launch_render(
     if backend == "cuda":
         with _stream(L.device) as stream:
             _backend.native("_cuda").render(
-                scene, light.data_ptr(), _STORAGE[light.dtype], rgb.data_ptr(), _SAMPLE[dtype], channels_last,
+                scene, light.data_ptr(), STORAGE[light.dtype], rgb.data_ptr(), _SAMPLE[dtype], channels_last,
                 preserve_lightness, stream,
             )  # fmt: skip
         return rgb
@@ -63,7 +62,7 @@ def _launch_render(
 
 def _low(ab: Tensor, guide: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """The low-resolution planes as a backend reads them: contiguous, of one type."""
-    if backend == "cpp" or ab.dtype != guide.dtype or ab.dtype not in _STORAGE:
+    if backend == "cpp" or ab.dtype != guide.dtype or ab.dtype not in STORAGE:
         ab, guide = float32(ab), float32(guide)
     return ab.contiguous(), guide.contiguous()
 
@@ -78,7 +77,7 @@ def _scene(ab: Tensor, guide: Tensor, size, places: tuple[Tensor, ...], sigma_li
         ab.shape[0], *ab.shape[2:], *size, *(x.data_ptr() for x in places), _sharpness(sigma_light), reference.FLOOR
     )  # fmt: skip
     if backend == "cuda":
-        return _backend.native("_cuda").RenderProblem(ab.data_ptr(), guide.data_ptr(), _STORAGE[ab.dtype], *numbers)
+        return _backend.native("_cuda").RenderProblem(ab.data_ptr(), guide.data_ptr(), STORAGE[ab.dtype], *numbers)
     return _backend.native("_cpu").RenderProblem(ab.data_ptr(), guide.data_ptr(), *numbers, torch.get_num_threads())
 
 
@@ -86,7 +85,7 @@ def _launch_render_uv(
     ab: Tensor, guide: Tensor, luma: Tensor, scale_y: float, scale_x: float, sigma_light: float, subsampling: str,
     bits: int, matrix: str, full_range: bool, primaries: str, chroma_location: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    yuv = _format(subsampling, bits, matrix, full_range, primaries, chroma_location)
+    yuv = YuvFormat(subsampling, bits, matrix, full_range, primaries, chroma_location)
     scale = scale_y, scale_x
     backend = _backend.choose("render_uv", luma.device).name
     if backend == "reference":
@@ -169,12 +168,6 @@ def _lightness_table(bits: int, full_range: bool, device: torch.device) -> Tenso
     """[256 or 65536]: every value that a sample may have, also beyond its bits."""
     every = torch.arange(256 if bits == 8 else 65536, device="cpu")
     return reference.luma_to_lightness(every, bits, full_range, torch.float64).float().to(device)
-
-
-@lru_cache(maxsize=64)
-def _format(*fields) -> YuvFormat:
-    """One object for each format: it keeps its matrix."""
-    return YuvFormat(*fields)
 
 
 def _fake_render(ab, guide, L, scale_y, scale_x, sigma_light, dtype, preserve_lightness, channels_last):

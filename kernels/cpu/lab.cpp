@@ -132,7 +132,6 @@ void inverse_cbrt(const float* x, float* out, int64_t n) { lab_kernels().inverse
 
 void power(const float* x, float p, float* out, int64_t n) { lab_kernels().power(x, p, out, n); }
 
-
 void gamut_scales(const float* lab, float* t, int64_t n) {
   const LabKernels& k = lab_kernels();
   for_each_run(1, n, 1, [=, &k](int64_t, int64_t start, int64_t m) {

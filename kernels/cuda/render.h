@@ -5,16 +5,10 @@
 
 #include <cstdint>
 
+#include "common/render_types.h"
 #include "common/storage.h"
 
 namespace fastcolor::cuda {
-
-// Places of the result on the low-resolution grid, of each row and of each column: the nearest of its positions, which may
-// be outside, and how far beyond it, in [-1/2, 1/2].
-struct Places {
-  const int32_t* at;
-  const float* beyond;
-};
 
 struct RenderProblem {
   const void* ab;     // [B, 2, h, w]
@@ -30,15 +24,6 @@ struct RenderProblem {
 // L: [B, height, width]. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved.
 cudaError_t render(const RenderProblem& problem, const void* L, Storage light, void* rgb, Sample sample,
                    bool interleaved, bool preserve_lightness, cudaStream_t stream);
-
-struct YuvLayout {
-  int64_t down, across;               // luma samples of a chroma sample
-  bool cosited_down, cosited_across;  // chroma on every second luma sample, else between two
-  int bits;
-  float black, luma_span, chroma_span;
-  float red, blue;          // weights in luma
-  const float* xyz_to_rgb;  // [3, 3] XYZ / white to linear RGB, in the memory of the host
-};
 
 // luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples apart.
 // u, v: [B, height, width] of the same type. See reference/render.py: render_uv.

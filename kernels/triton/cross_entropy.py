@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastcolor.kernels.triton import interpreting
+from fastcolor.kernels.triton.elementary import exp2
 from torch import Tensor
 
 PIXELS = 32  # of a program
@@ -21,18 +21,6 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-3e38)  # in place of −inf, from which −inf can be taken away
 _FARTHEST = tl.constexpr(1e18)  # of a colour in a table of one cell: no square is infinite
-_PTX = tl.constexpr(torch.version.hip is None and not interpreting())
-
-
-@triton.jit
-def _exp2(x):
-    """2^x. Max relative error 2^-22; 0 below 2^-126."""
-    if _PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
@@ -131,7 +119,7 @@ def cross_entropy_kernel(
             last_label = found
         nearest = tl.sum(tl.where(column == 0, squared, 0.0), 1)
         beyond = tl.where(column < N, squared - nearest[:, None], 0.0)
-        share = tl.where(column < N, _exp2(beyond * (sharpness * -_LOG2E)), 0.0)
+        share = tl.where(column < N, exp2(beyond * (sharpness * -_LOG2E)), 0.0)
         share = share / tl.sum(share, 1)[:, None]
         weight = tl.full([P], 1.0, tl.float32)
         if WEIGHTED:
@@ -146,10 +134,10 @@ def cross_entropy_kernel(
             at = base[:, None] + (axis * COUNT + number).to(tl.int64) * step
             u = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
             higher = tl.maximum(most, u, propagate_nan=tl.PropagateNan.ALL)
-            total = total * _exp2((most - higher) * _LOG2E) + _exp2((u - higher) * _LOG2E)
+            total = total * exp2((most - higher) * _LOG2E) + exp2((u - higher) * _LOG2E)
             most = higher
         highest = tl.max(most, 1)
-        total = tl.sum(total * _exp2((most - highest[:, None]) * _LOG2E), 1)
+        total = tl.sum(total * exp2((most - highest[:, None]) * _LOG2E), 1)
         places = base[:, None] + (axis * COUNT + index).to(tl.int64) * step
         picked = tl.load(logits_ptr + places, mask=valid[:, None] & (column < N), other=0.0).to(tl.float32)
         below = tl.sum(tl.where(column < N, share * (highest[:, None] - picked), 0.0), 1)
@@ -164,7 +152,7 @@ def cross_entropy_kernel(
                 inside = valid[:, None] & (number < COUNT)
                 at = base[:, None] + (axis * COUNT + number).to(tl.int64) * step
                 u = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-                g = _exp2((u - highest[:, None]) * _LOG2E) * inverse[:, None]
+                g = exp2((u - highest[:, None]) * _LOG2E) * inverse[:, None]
                 for j in tl.static_range(N):
                     hit = tl.sum(tl.where(column == j, index, 0), 1)
                     part = tl.sum(tl.where(column == j, share, 0.0), 1)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from fastcolor.kernels.memory import channels
-from fastcolor.kernels.triton import interpreting
+from fastcolor.kernels.triton.elementary import PTX
 from torch import Tensor
 
 from fastcolor.reference import lab as reference
@@ -28,7 +28,6 @@ _KNEE, _INVERSE_KNEE = tl.constexpr(reference.KNEE), tl.constexpr(reference.INVE
 _SLOPE, _OFFSET = tl.constexpr(reference.SLOPE), tl.constexpr(reference.OFFSET)
 _BISECTIONS = tl.constexpr(16)  # of the gamut scale: chroma to 2^-16 of itself
 _TOLERANCE = tl.constexpr(1e-6)  # of linear light; white's rounding error is inside
-_PTX = tl.constexpr(torch.version.hip is None and not interpreting())
 
 
 # --- memory to planes and back --------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ def _store(ptr, image, start, left, pixels, x, y, z, INTERLEAVED: tl.constexpr, 
 @triton.jit
 def _power(x, p):
     """x^p for 2^-20 <= x <= 2^20. Max relative error 3e-6 for |p log2 x| <= 12: log2 and exp2 err by 2^-22 each."""
-    if _PTX:  # three instructions; tl.log2 alone is some twenty, and would bound the kernels by arithmetic
+    if PTX:  # three instructions; tl.log2 alone is some twenty, and would bound the kernels by arithmetic
         return tl.inline_asm_elementwise(
             "{.reg .f32 y; lg2.approx.ftz.f32 y, $1; mul.ftz.f32 y, y, $2; ex2.approx.ftz.f32 $0, y;}",
             "=f,f,f", [x, p], dtype=tl.float32, is_pure=True, pack=1,

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from fastcolor.kernels.field import Gradients, Problem
-from fastcolor.kernels.triton import interpreting
+from fastcolor.kernels.triton.elementary import exp2
 from torch import Tensor
 
 # A GPU owner may tune these; `python -m benchmarks.registers` shows what they cost.
@@ -54,21 +54,9 @@ _VARYING = (
     "tiles",
     "groups",
 )  # not worth a compilation each
-_PTX = tl.constexpr(torch.version.hip is None and not interpreting())
 
 
 # --- pixels and labels ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _exp2(x):
-    """2^x. Max relative error 2^-22; 0 below 2^-126."""
-    if _PTX:  # one instruction: tl.exp2 takes care of denormal numbers
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
@@ -121,7 +109,7 @@ def _neighbors(
     own = tl.load(guide_ptr + i, mask=valid, other=0.0)[None, :]
     d = own - tl.load(guide_ptr + j, mask=inside, other=0.0)
     scaled = d * tl.load(sharpness_ptr)
-    nearness = _exp2(scaled * scaled * (-0.5 * _LOG2E))
+    nearness = exp2(scaled * scaled * (-0.5 * _LOG2E))
     return space * nearness, nearness, d, j, inside
 
 
@@ -363,9 +351,9 @@ def _axis_few(
             FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
         )  # fmt: skip
         most = tl.maximum(m, tl.max(t, 0) * scale)
-        shrink = _exp2(m - most)
+        shrink = exp2(m - most)
         # `most` is rounded once for all labels of a lane: that cancels, also at scores of 1e4
-        e = _exp2(t * scale - most[None, :, :])
+        e = exp2(t * scale - most[None, :, :])
         m = most
         s = s * shrink + tl.sum(e, 0)
         if OUTPUT != _MARGINALS:
@@ -378,7 +366,7 @@ def _axis_few(
             if COLUMNS > 3:
                 f3 = f3 * shrink + tl.sum(e * tl.load(at + 3), 0)
     most = tl.max(m, 0)
-    shrink = _exp2(m - most[None, :])
+    shrink = exp2(m - most[None, :])
     inverse = 1 / tl.sum(s * shrink, 0)
     if OUTPUT == _MARGINALS:
         for step in range(steps):  # u once more, now from the cache
@@ -389,7 +377,7 @@ def _axis_few(
                 logits, a_ptr, label, row, known, i, valid, pixels, unary, h0, h1, h2, h3,
                 FIELD, UNARY, LABELS_LAST, TOGETHER, K, R, G, P,
             )  # fmt: skip
-            q = _exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
+            q = exp2(t * scale - most[None, None, :]) * inverse[None, None, :]
             at = _at_few(to_ptr + image * K * pixels, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P)
             tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known & valid[None, None, :])
     return (
@@ -518,8 +506,8 @@ def _axis_adjoint_few(
             dq = tl.zeros([L, G, P], tl.float32) - shift[None, None, :]
             dq = _add_product(dq, b_ptr, row, d0, d1, d2, d3, R)
         most = tl.maximum(m, tl.max(t, 0) * _LOG2E)
-        shrink = _exp2(m - most)
-        e = _exp2(t * _LOG2E - most[None, :, :])
+        shrink = exp2(m - most)
+        e = exp2(t * _LOG2E - most[None, :, :])
         m = most
         s = s * shrink + tl.sum(e, 0)
         moved = e * dq
@@ -542,7 +530,7 @@ def _axis_adjoint_few(
                 x3 = x3 * shrink + tl.sum(moved * a, 0)
                 y3 = y3 * shrink + tl.sum(e * a, 0)
     most = tl.max(m, 0)
-    shrink = _exp2(m - most[None, :])
+    shrink = exp2(m - most[None, :])
     inverse = 1 / tl.sum(s * shrink, 0)
     mean = tl.sum(d * shrink, 0) * inverse
     _store_norms(norms_ptr, i, valid, active, pixels, most, inverse, mean + shift)
@@ -692,7 +680,7 @@ def logits_gradient_few_kernel(
         else:
             d0, d1, d2, d3 = _load_few(_state(adjoints_ptr, image, slots, k, 1, pixels, R), i, valid, pixels, R)
             dq = _add_product(tl.zeros([L, G, P], tl.float32), b_ptr, row, d0, d1, d2, d3, R)
-        q = _exp2(t * _LOG2E - most[None, None, :]) * ((1 - absent) * inverse)[None, None, :]
+        q = exp2(t * _LOG2E - most[None, None, :]) * ((1 - absent) * inverse)[None, None, :]
         du += q * (dq - mean[None, None, :])
     tl.store(_at_few(to_ptr + begin, label, i, pixels, LABELS_LAST, TOGETHER, K, G, P), du, mask=there)
 
@@ -747,8 +735,8 @@ def _axis_many(
             FIELD, UNARY, LABELS_LAST, K, R, ROWS, C, P,
         )  # fmt: skip
         most = tl.maximum(m, tl.max(t, 0) * scale)
-        shrink = _exp2(m - most)
-        e = _exp2(t * scale - most[None, :])
+        shrink = exp2(m - most)
+        e = exp2(t * scale - most[None, :])
         m = most
         s = s * shrink + tl.sum(e, 0)
         if OUTPUT != _MARGINALS:
@@ -763,7 +751,7 @@ def _axis_many(
                 logits, a_ptr, label, known, i, valid, pixels, unary, h,
                 FIELD, UNARY, LABELS_LAST, K, R, ROWS, C, P,
             )  # fmt: skip
-            q = _exp2(t * scale - m[None, :]) * inverse[None, :]
+            q = exp2(t * scale - m[None, :]) * inverse[None, :]
             at = to_ptr + image * K * pixels + _places(label[:, None], i[None, :], pixels, K, LABELS_LAST)
             tl.store(at, q.to(to_ptr.dtype.element_ty), mask=known[:, None] & valid[None, :])
     return f * inverse[None, :]
@@ -854,8 +842,8 @@ def _axis_adjoint_many(
         else:
             dq = tl.dot(_table(b_ptr, label, known, R, ROWS), df, input_precision="tf32x3") - shift[None, :]
         most = tl.maximum(m, tl.max(t, 0) * _LOG2E)
-        shrink = _exp2(m - most)
-        e = _exp2(t * _LOG2E - most[None, :])
+        shrink = exp2(m - most)
+        e = exp2(t * _LOG2E - most[None, :])
         m = most
         s = s * shrink + tl.sum(e, 0)
         moved = e * dq
@@ -981,7 +969,7 @@ def logits_gradient_many_kernel(
                 norms_ptr + ((image * slots + k) * AXES + axis) * 3 * pixels, i, valid, pixels
             )
             t = tl.where(absent == 1, 0.0, u * (1 - absent)) + tl.dot(a, h, input_precision="tf32x3")
-            q = _exp2(t * _LOG2E - most[None, :]) * inverse[None, :]
+            q = exp2(t * _LOG2E - most[None, :]) * inverse[None, :]
             if k == slots - 1:
                 dq = tl.load(grad_ptr + places, mask=there, other=0.0).to(tl.float32)
             else:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fastcolor.kernels.triton.elementary import exp2
 from fastcolor.kernels.triton.lab import (
-    _PTX,
     _encode,
     _f,
     _f_inverse,
@@ -36,17 +36,6 @@ class Places(NamedTuple):
     rows_beyond: Tensor  # [H] float32
     columns_at: Tensor  # [W]
     columns_beyond: Tensor  # [W]
-
-
-@triton.jit
-def _exp2(x):
-    """2^x. Max relative error 2^-22; 0 where the result would be denormal."""
-    if _PTX:  # one instruction; tl.exp2 takes three more for denormal results
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
@@ -103,7 +92,7 @@ def _upsample(
             column = right if m == 1 else left
             share = behind if m == 1 else ahead
             d = tl.load(guide_ptr + plane + row + column).to(tl.float32) - L
-            w = (_exp2(-(d * d) * sharpness) + floor) * (tent * share)
+            w = (exp2(-(d * d) * sharpness) + floor) * (tent * share)
             from_a = ab_ptr + plane * 2 + row
             from_b = from_a + low_height * low_width
             a += w * tl.load(from_a + column).to(tl.float32)
