@@ -57,8 +57,11 @@ with_kernels() {  # strict: a kernel that does not compile is a failure here
 
 gpu_tests() {
   # only files that have GPU tests: others may import packages that are not there
+  local workers=()
+  [ $device = cuda ] && "$python" -c 'import xdist' 2> /dev/null && workers=(-n 6)  # they mostly wait for compilers
   # shellcheck disable=SC2046  # names without spaces; bash 3 has no mapfile
-  "$python" -m pytest $(grep -rl --include='test_*.py' 'mark\.gpu' tests) -m gpu -q -p no:cacheprovider --junit-xml="$scratch/tests.xml"
+  "$python" -m pytest $(grep -rl --include='test_*.py' 'mark\.gpu' tests) -m gpu -q ${workers[@]+"${workers[@]}"} \
+    -p no:cacheprovider --junit-xml="$scratch/tests.xml"
   local code=$?
   [ -f "$scratch/tests.xml" ] || return $code
   "$python" - "$scratch/tests.xml" "$folder" "$device" "$commit" <<'PYTHON' && return $code
@@ -106,6 +109,11 @@ PYTHON
 }
 step "backends are there" backends
 step "pytest -m gpu" gpu_tests
+for file in $(grep -l 'timing.parser(' benchmarks/ops/*.py); do  # those that have a GPU side
+  name=$(basename "$file" .py)
+  step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \
+    ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"
+done
 # Memory, and the barriers and shared memory of kernels, on a few small tests of the CUDA C++ backend. Without torch's
 # cache of memory, whose blocks are larger than the tensors in them.
 sanitize() {  # TOOL
@@ -118,11 +126,6 @@ if [ $device = cuda ] && command -v compute-sanitizer > /dev/null; then
     step "compute-sanitizer $tool" sanitize $tool > "$scratch/$tool.log" 2>&1 || tail -n 30 "$scratch/$tool.log"
   done
 fi
-for file in $(grep -l 'timing.parser(' benchmarks/ops/*.py); do  # those that have a GPU side
-  name=$(basename "$file" .py)
-  step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \
-    ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"
-done
 
 "$python" -m benchmarks.timing "$folder"
 printf '%s\n' "${summary[@]}" "JSON files: $folder"
