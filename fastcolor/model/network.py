@@ -22,12 +22,14 @@ class NetworkConfig:
     bins: label space of the distribution head.
     fusion: whether the global features reach the colour network.
     classes: names of the scene classes of the joint classifier; empty leaves it out.
+    skip: whether the features of layer1, at H/4, reach the colour network where it is back at that resolution.
     """
 
     head: str = "distribution"
     bins: ColorBins = field(default_factory=ColorBins)
     fusion: bool = True
     classes: tuple[str, ...] = ()
+    skip: bool = False
 
     def __post_init__(self):
         if self.head not in HEADS:
@@ -38,7 +40,9 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, state: dict) -> NetworkConfig:
-        return cls(state["head"], ColorBins.from_dict(state["bins"]), state["fusion"], tuple(state["classes"]))
+        bins = ColorBins.from_dict(state["bins"])
+        # older checkpoints say nothing of a skip connection: they have none
+        return cls(state["head"], bins, state["fusion"], tuple(state["classes"]), state.get("skip", False))
 
 
 class ColorNetwork(nn.Module):
@@ -59,6 +63,7 @@ class ColorNetwork(nn.Module):
         self.color1 = _conv_bn_relu(128, 128)
         self.color2 = _conv_bn_relu(128, 64)
         self.color3 = _conv_bn_relu(64, 64)
+        self.skip = nn.Conv2d(64, 64, 1, bias=False) if config.skip else None
         if config.head == "distribution":
             self.head = nn.Conv2d(64, config.bins.count, 1)
         else:
@@ -66,6 +71,8 @@ class ColorNetwork(nn.Module):
         last = self.head if config.head == "distribution" else self.head[-1]
         nn.init.normal_(last.weight, std=0.01)  # starts near a uniform distribution, or near grey
         nn.init.zeros_(last.bias)
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)  # starts as the network without it, so that its weights can be taken over
 
     @property
     def stride(self) -> int:
@@ -96,7 +103,8 @@ class ColorNetwork(nn.Module):
         """[B, 64, H/4, W/4] of the padded picture, and the class scores."""
         if L.ndim != 4 or L.shape[1] != 1:
             raise ValueError(f"L must have shape [B, 1, H, W], got {list(L.shape)}")
-        mid = self.backbone.mid_level(pad_to_multiple(normalize_lightness(L), 8))  # [B, 128, H/8, W/8]
+        low = self.backbone.low_level(pad_to_multiple(normalize_lightness(L), 8))  # [B, 64, H/4, W/4]
+        mid = self.backbone.layer2(low)  # [B, 128, H/8, W/8]
         x, scores = self.fuse_mid(mid), None
         if self.fuse_global is not None or self.backbone.fc is not None:
             features = self.backbone.global_level(mid)  # [B, 512]
@@ -105,8 +113,8 @@ class ColorNetwork(nn.Module):
             if self.backbone.fc is not None:
                 scores = self.backbone.fc(features)
         x = self.color1(F.relu(self.fuse_norm(x)))
-        x = self.color3(self.color2(F.interpolate(x, scale_factor=2.0, mode="nearest")))
-        return x, scores
+        x = self.color2(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.color3(x if self.skip is None else x + self.skip(low)), scores
 
 
 def _conv_bn_relu(inputs: int, outputs: int) -> nn.Sequential:

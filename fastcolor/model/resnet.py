@@ -49,8 +49,12 @@ class ResNet18Gray(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def mid_level(self, x: Tensor) -> Tensor:
-        """[B, 1, H, W] -> [B, 128, H/8, W/8]: conv1, bn1, relu, maxpool, layer1, layer2."""
-        return self.layer2(self.layer1(self.maxpool(F.relu(self.bn1(self.conv1(x))))))
+        """[B, 1, H, W] -> [B, 128, H/8, W/8]: `low_level`, layer2."""
+        return self.layer2(self.low_level(x))
+
+    def low_level(self, x: Tensor) -> Tensor:
+        """[B, 1, H, W] -> [B, 64, H/4, W/4]: conv1, bn1, relu, maxpool, layer1."""
+        return self.layer1(self.maxpool(F.relu(self.bn1(self.conv1(x)))))
 
     def global_level(self, mid: Tensor) -> Tensor:
         """[B, 128, H/8, W/8] -> [B, 512]: layer3, layer4, average pooling."""

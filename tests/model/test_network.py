@@ -12,6 +12,7 @@ CONFIGS = {
     "regression": NetworkConfig(head="regression"),
     "no fusion": NetworkConfig(fusion=False),
     "classes": NetworkConfig(classes=("beach", "forest")),
+    "skip": NetworkConfig(skip=True),
 }
 
 
@@ -45,11 +46,29 @@ def test_global_features_reach_every_position():
 
 
 def test_every_parameter_learns():
-    network = ColorNetwork(NetworkConfig(classes=("a", "b")))
+    network = ColorNetwork(NetworkConfig(classes=("a", "b"), skip=True))
     torch.nn.init.normal_(network.head.weight)
     output, scores = network.forward_with_classes(torch.rand(2, 1, 64, 64) * 100)
     (output.square().mean() + scores.square().mean()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+def test_skip_starts_as_the_network_without_it():
+    plain, skipping = ColorNetwork().eval(), ColorNetwork(NetworkConfig(skip=True)).eval()
+    missing, unexpected = skipping.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["skip.weight"] and not unexpected
+    L = torch.rand(1, 1, 32, 32) * 100
+    with torch.no_grad():
+        assert torch.equal(skipping(L), plain(L))
+        skipping.skip.weight.normal_()
+        assert not torch.equal(skipping(L), plain(L))
+
+
+def test_older_configurations_have_no_skip():
+    state = NetworkConfig(skip=True).to_dict()
+    assert NetworkConfig.from_dict(state).skip
+    del state["skip"]
+    assert not NetworkConfig.from_dict(state).skip
 
 
 def test_pooling_to_the_grid_of_the_output():

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastcolor.kernels.field import Gradients, Problem
+from fastcolor.kernels.memory import STORAGE
 from test_mean_field import (
     JOINT,
     SEPARABLE,
@@ -92,7 +93,7 @@ class Emulator:
         batch, labels, height, width = p.logits.shape
         reach = [max(map(abs, steps), default=0) for steps in (p.dy, p.dx)]
         self.native = CProblem(
-            p.logits.data_ptr(), op._STORAGE[p.logits.dtype], p.labels_last, batch, labels, height, width,
+            p.logits.data_ptr(), STORAGE[p.logits.dtype], p.labels_last, batch, labels, height, width,
             len(p.counts), p.a.shape[1], len(p.dy), *reach, self.whole.data_ptr(), p.a.data_ptr(), p.b.data_ptr(),
             p.guide.data_ptr(), p.space.data_ptr(), p.sharpness.data_ptr(), op._address(p.prior), p.sweeps,
             p.checkerboard, p.damping, p.uniform,
