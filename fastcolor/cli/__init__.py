@@ -10,7 +10,7 @@ from fastcolor._version import __version__
 from fastcolor.cli.colorize import colorize
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
-from fastcolor.cli.train import train
+from fastcolor.cli.train import TrainCommand, train
 
 app = typer.Typer(
     name="fastcolor",
@@ -38,7 +38,7 @@ def _root(
 
 
 app.command()(colorize)
-app.command()(train)
+app.command(cls=TrainCommand)(train)
 app.command()(pack)
 app.command()(info)
 
