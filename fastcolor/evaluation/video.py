@@ -103,6 +103,7 @@ def color_distribution_consistency(
     """
     shares = color_histograms(rgb) if histograms is None else histograms
     if len(shares) <= max(distances):
-        raise ValueError(f"a distance of {max(distances)} needs at least {max(distances) + 1} frames, got {len(shares)}")
+        most = max(distances)
+        raise ValueError(f"a distance of {most} needs at least {most + 1} frames, got {len(shares)}")
     apart = [jensen_shannon(shares[:-d], shares[d:]).mean(0) for d in distances]  # each [3]
     return torch.stack(apart).mean()
