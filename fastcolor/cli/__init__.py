@@ -8,6 +8,7 @@ import typer
 
 from fastcolor._version import __version__
 from fastcolor.cli.colorize import colorize
+from fastcolor.cli.eval import evaluate
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
 from fastcolor.cli.train import train
@@ -40,6 +41,7 @@ def _root(
 app.command()(colorize)
 app.command()(train)
 app.command()(pack)
+app.command("eval")(evaluate)
 app.command()(info)
 
 
