@@ -61,7 +61,7 @@ def html(evaluation: Evaluation) -> str:
         _table(evaluation),
         "<p class=soft>A greyer picture has the better PSNR, so no figure stands for itself: compare rows of like "
         "colourfulness, and each with grey. ± is the standard error over pictures; cross-entropy (nats) and "
-        "calibration error (ECE) are of the network's distribution before the field, the oracle's its least possible value. "
+        "calibration error (ECE) are of the network before the field, that of the oracle the least possible. "
         "LPIPS and FID: not computed, no weights at hand.</p>",
         "<h2>Curves</h2><div class=charts>",
         _psnr_curve(evaluation),
