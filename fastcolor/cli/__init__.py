@@ -9,6 +9,7 @@ import typer
 from fastcolor._version import __version__
 from fastcolor.cli.colorize import colorize
 from fastcolor.cli.eval import evaluate
+from fastcolor.cli.export import export
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
 from fastcolor.cli.train import train
@@ -42,6 +43,7 @@ app.command()(colorize)
 app.command()(train)
 app.command()(pack)
 app.command("eval")(evaluate)
+app.command()(export)
 app.command()(info)
 
 

@@ -37,7 +37,7 @@ from fastcolor.evaluation.metrics import (
 )
 from fastcolor.imaging.vips import ImageError, libvips, reason
 from fastcolor.model.checkpoint import CheckpointError, load_checkpoint
-from fastcolor.model.colorizer import BUNDLED, ColorizeOptions, Colorizer
+from fastcolor.model.colorizer import BUNDLED, ColorizeOptions, Colorizer, vividness_unary
 from fastcolor.model.network import pool_to
 from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
 from fastcolor.ops.mean_field import annealed_mean, mean_field
@@ -341,7 +341,11 @@ class Comparison:
         self.rows = {(m.name, v): Row(m.name, False, v if m.colorizer.bins else None,
                                       m.colorizer.options.mrf and m.colorizer.bins is not None)
                      for m in models for v in m.vividness}  # fmt: skip
-        self.unaries = {(m.name, v): _unary(m.colorizer, v) for m in models for v in m.vividness}
+        self.unaries = {}
+        for m in models:
+            for v in m.vividness:
+                unary = vividness_unary(m.colorizer.checkpoint, v)
+                self.unaries[m.name, v] = None if unary is None else unary.to(m.colorizer.device)
 
     def key(self, height: int, width: int) -> tuple:
         """Pictures with the same key can share a batch."""
@@ -408,14 +412,6 @@ class Comparison:
         true_color = float(np.mean(self.true_color))
         rows = [self.grey, *([] if self.mean is None else [self.mean]), *self.rows.values(), self.oracle]
         return [row.figures(self.grey, true_color) for row in rows]
-
-
-def _unary(colorizer: Colorizer, vividness: float) -> Tensor | None:
-    """α log w as a Colorizer of that vividness adds it, [1, K, 1, 1]."""
-    if colorizer.bins is None or vividness == 0:
-        return None
-    weights = colorizer.bins.rebalancing_weights(colorizer.checkpoint.prior)
-    return (vividness * weights.log()).float().to(colorizer.device)[None, :, None, None]
 
 
 def read_colors(
