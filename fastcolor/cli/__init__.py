@@ -8,6 +8,8 @@ import typer
 
 from fastcolor._version import __version__
 from fastcolor.cli.colorize import colorize
+from fastcolor.cli.eval import evaluate
+from fastcolor.cli.export import export
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
 from fastcolor.cli.train import TrainCommand, train
@@ -40,6 +42,8 @@ def _root(
 app.command()(colorize)
 app.command(cls=TrainCommand)(train)
 app.command()(pack)
+app.command("eval")(evaluate)
+app.command()(export)
 app.command()(info)
 
 
