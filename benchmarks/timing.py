@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -30,22 +31,35 @@ _PACKAGES = ("fastcolor", "torch", "triton", "numpy", "scikit-image", "opencv-py
 
 
 def parser(name: str, doc: str, size: str, quick: str) -> argparse.ArgumentParser:
-    """The options that every benchmark of an operation has; `size` and `quick` are the help of those two."""
-    made = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.{name}", description=doc.splitlines()[0])
+    """The options of every suite; `name` is its module below this package or its `ops`, `size` and `quick` are help."""
+    if "." not in name and importlib.util.find_spec(f"{__package__}.ops.{name}"):
+        name = f"ops.{name}"
+    made = argparse.ArgumentParser(prog=f"python -m {__package__}.{name}", description=doc.splitlines()[0])
     made.add_argument("--size", help=f"width x height; {size}")
+    add_options(made, quick, "results file, or the folder for one with the usual name; of")
+    return made
+
+
+def add_options(made: argparse.ArgumentParser, quick: str, json: str) -> None:
+    """Options of one suite and of all of them."""
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    made.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
+    made.add_argument("--json", type=Path, metavar="PATH", help=f"{json} the JSON files")
     made.add_argument("--quick", action="store_true", help=quick)
     made.add_argument("--threads", type=int, default=threads(), help="of every CPU candidate alike")
     made.add_argument("--commit", help="to record, where there is no git")
-    return made
+
+
+def check_device(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch sees no CUDA device")
+    if options.threads < 1:
+        made.error(f"--threads must be at least 1, got {options.threads}")
 
 
 def parse(made: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """The options, with `size` as (width, height) or None, and the threads set."""
     options = made.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        made.error("--device cuda: torch sees no CUDA device")
+    check_device(made, options)
     torch.set_num_threads(options.threads)
     if options.size:
         try:
@@ -53,12 +67,14 @@ def parse(made: argparse.ArgumentParser, arguments: list[str] | None) -> argpars
         except ValueError:
             made.error(f"--size must look like 480x270, got {options.size}")
         options.size = width, height
+    options.started = time.monotonic()
     return options
 
 
 def finish(name: str, options: argparse.Namespace, record: dict, rows: list[dict]) -> int:
     """Writes the results where they are wanted. The exit code: 1 where one of ours was too far off to be timed."""
     if options.json:
+        record = {**record, "quick": options.quick, "seconds": round(time.monotonic() - options.started, 1)}
         print(f"written: {write(options.json, name, options.device, record, rows).name}")
     return 1 if any(r["ours"] and r.get("why", "").startswith("off by") for r in rows) else 0
 
@@ -217,7 +233,7 @@ def machine(device: str, commit: str | None = None) -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in _PACKAGES},
-        "commit": commit or _commit(),
+        "commit": commit or checkout(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device == "cuda":
@@ -246,10 +262,16 @@ def _output(*command: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
-def _commit() -> str:
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    changed = commit != "unknown" and _output("git", "status", "--porcelain") not in ("", "unknown")
-    return f"{commit}, with changes" if changed else commit
+def checkout() -> str:
+    """Of this checkout, with a word where files have changed since; "unknown" for an installed package.
+
+    Files of results and pages made from them count as no change: else the second suite of a run would see the first's.
+    """
+    if _output("git", "ls-files", "timing.py") != "timing.py":  # a virtual environment in somebody's repository
+        return "unknown"
+    found = _output("git", "rev-parse", "--short", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--", ":/", ":(top,exclude)docs", ":(exclude)results")
+    return f"{found}, with changes" if changed not in ("", "unknown") else found
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import sys
 import torch
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.bins import ColorBins
 from fastcolor.ops import _backend
 from fastcolor.reference import mean_field as reference
+
+from .. import timing
+from ..timing import Candidate
 
 BINS = ColorBins()
 TEMPERATURE = 0.38

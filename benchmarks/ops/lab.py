@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.ops import _backend
 from fastcolor.reference import lab as reference
+
+from .. import timing
+from ..timing import Candidate
 
 H200_COPY = 4.3e12  # bytes per second, read and written, measured on one
 LAB_BOUND = 1e-3  # of ours, against float64: else they are not timed

@@ -30,11 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.ops import _backend
 from fastcolor.ops.mean_field import mean_field_annealed
 from fastcolor.reference import mean_field as reference
+
+from .. import timing
+from ..timing import Candidate
 
 LABELS = 313
 SIZES = [(1, 64, 64), (1, 128, 128), (1, 480, 270)]  # images, width, height
