@@ -29,7 +29,7 @@ from fastcolor._files import atomic_path
 from fastcolor.ops import _backend
 
 from . import work
-from .work import COPY, LIMITS
+from .work import COPY, is_limit
 
 NOT_MEASURED = "not measured"
 QUICK_LIMITS = {"seconds": 0.02, "copied": 1 << 24, "side": 512}
@@ -236,6 +236,18 @@ def peak_memory(run: Callable[[], object]) -> int | None:
         return None
 
 
+def peak(run: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call adds at its peak: to the process, or to what torch holds of the GPU's memory."""
+    if device != "cuda":
+        return peak_memory(run)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +361,7 @@ def compare(rows: list[dict]) -> list[dict]:
     timed = [r for r in rows if r["median_us"] != NOT_MEASURED]
     copy = next((r["median_us"] for r in timed if r["candidate"] == COPY), None)
     best = min((r["median_us"] for r in timed if r["ours"]), default=None)
-    peers = [r for r in timed if not r["ours"] and r["candidate"] not in LIMITS]
+    peers = [r for r in timed if not r["ours"] and not is_limit(r)]
     peer = min(peers, key=lambda r: r["median_us"], default=None)
     for r in timed:
         if copy:

@@ -12,7 +12,6 @@ import torch
 
 COPY = "plain copy"
 PRODUCT = "matrix product"
-LIMITS = (COPY, PRODUCT)  # rows that are no contestants
 
 NEIGHBORS = 9  # low-resolution pixels that the rendering weighs
 
@@ -46,6 +45,11 @@ def annealed_mean(pixels: int, labels: int) -> int:
 def color_cross_entropy(pixels: int, labels: int) -> int:
     # each label: the largest, a difference, an exponential, the sum; its gradient is scaled, weighted, less its target
     return pixels * labels * 7
+
+
+def is_limit(row: dict) -> bool:
+    """Whether a row is no contestant, but shows what the machine can do."""
+    return row["candidate"].startswith((COPY, PRODUCT))
 
 
 # --- what the machine can do ------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ def floors(rows: list[dict], limits: dict) -> list[dict]:
         if r["candidate"] == COPY and isinstance(r["median_us"], float)
     }
     for r in rows:
-        if r["candidate"] in LIMITS or not isinstance(r["median_us"], float):
+        if is_limit(r) or not isinstance(r["median_us"], float):
             continue
         kinds = {}
         if r.get("bytes"):
