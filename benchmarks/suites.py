@@ -37,12 +37,8 @@ SUITES = {
     "render": Suite("ops.render", "chroma upsampling and Lab → RGB or U, V: OpenCV, kornia", (90, 8)),
     "annealed_mean": Suite("ops.annealed_mean", "logits to colours: unfused PyTorch, torch.compile", (40, 6)),
     "network": Suite("network", "the colour network: an eccv16-shaped network, torch.compile", (120, 12)),
-    "image": Suite(
-        "image", "a picture from file to file, and its stages: the notebook pipeline", (90, 10)
-    ),
-    "training": Suite(
-        "training", "training: scikit-image in the loader, eager float32", (90, 15)
-    ),
+    "image": Suite("image", "a picture from file to file, and its stages: the notebook pipeline", (90, 10)),
+    "training": Suite("training", "training: scikit-image in the loader, eager float32", (90, 15)),
     "video": Suite("video", "a film from file to file", (90, 15)),
     "scaling": Suite("scaling", "size, batch, threads, labels, sweeps and window, one at a time", (90, 10)),
 }

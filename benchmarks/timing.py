@@ -109,7 +109,7 @@ class Timing:
     called: float | None = None  # CUDA: one call after the other from Python, launch overhead included
 
 
-def _summary(samples: list[float], called: float | None = None) -> Timing:
+def summary(samples: list[float], called: float | None = None) -> Timing:
     low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
     return Timing(median, high - low, len(samples), called)
 
@@ -135,7 +135,7 @@ def measure(
             i = (i + k) % len(takers)  # nobody always follows the same neighbour
             if (k + 1) * shares[i] // rounds > k * shares[i] // rounds:
                 taken[i].append(takers[i][0]())
-    return {c.name: _summary(t, called) for c, t, (_, called, _) in zip(candidates, taken, takers, strict=True)}
+    return {c.name: summary(t, called) for c, t, (_, called, _) in zip(candidates, taken, takers, strict=True)}
 
 
 def _cpu_sampler(_: int, shortest: float = 5e-3):
