@@ -191,6 +191,11 @@ def _events(function: Callable[[], None]) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
+def first_line(error: Exception) -> str:
+    """Why something is not measured, fit for a table."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def plain_copy(moved: int, device: str) -> Candidate:
     """As many bytes read and written together as the operation moves, into memory that is already there."""
     # drawn on the CPU: a capture that failed leaves the device's generator unusable

@@ -65,7 +65,7 @@ def table(title: str, moved: int, logits: torch.Tensor, exact: torch.Tensor, opt
         try:
             run = build()
         except Exception as error:  # no kernel, no compiler, or one that fails
-            candidate.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            candidate.why_not = timing.first_line(error)
             continue
         candidate.error = (run(0).cpu().double() - exact).abs().max().item()
         if candidate.ours and not candidate.error <= BOUND:
