@@ -62,8 +62,9 @@ def _launch_lab_to_rgb_backward(grad: Tensor, lab: Tensor, channels_last: bool, 
 def _native(
     backend: str, name: str, channels_last: bool, inputs: tuple[Tensor, ...], dtype: torch.dtype, *options: bool
 ) -> Tensor:
-    """Calls a C++ or CUDA kernel, which share their arguments but for the last: threads, or a stream. Every type is read
-    and written as it is, but for float64, which the kernels do not know."""
+    """Calls a C++ or CUDA kernel, which share their arguments but for the last: threads, or a stream. Every type is
+    read and written as it is, but for float64, which the kernels do not know.
+    """
     views = [channels(x if x.dtype in SAMPLE else x.float(), channels_last) for x in inputs]
     first = inputs[0]
     result = first.new_empty(first.shape, dtype=dtype if dtype in SAMPLE else torch.float32)
