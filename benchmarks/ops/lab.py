@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.ops import _backend
 from fastcolor.reference import lab as reference
 
-H200_COPY = 4.3e12  # bytes per second, read and written, measured on one
+from .. import timing, work
+from ..timing import Candidate
+
 LAB_BOUND = 1e-3  # of ours, against float64: else they are not timed
 LEVEL_BOUND = 0.5 + 1e-3  # of 8-bit levels: rounding alone is 0.5
 SMALL = [(64, 64), (256, 256)]  # where the overhead of the call rules
@@ -224,11 +224,8 @@ def benchmark(op: str, width: int, height: int, device: str, quick: bool) -> lis
     types = "uint8 → float32" if op == "rgb_to_lab" else "float32 → uint8"
     context = {"op": op, "size": f"{width}x{height}", "types": types, "error_unit": unit, "oracle": oracle_name}
     context["title"] = f"{op}, {width}×{height}, {types}; error in {unit} against {oracle_name}"
-    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
-    if device == "cuda" and "H200" in torch.cuda.get_device_name(0):
-        for r in rows:
-            r["floor_us"] = round(moved / H200_COPY * 1e6, 2)
-    return rows
+    operations = getattr(work, op)(width * height)
+    return timing.compare([timing.row(c, times.get(c.name), moved, operations, **context) for c in candidates])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,12 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
     for op in ("rgb_to_lab", "lab_to_rgb"):
         for w, h in [size] if options.quick else [size, *SMALL]:
             rows += (table := benchmark(op, w, h, options.device, options.quick))
-            timing.show(table, table[0]["title"] + _floor(table[0]))
+            timing.show(table, table[0]["title"])
     return timing.finish("lab", options, record, rows)
-
-
-def _floor(row: dict) -> str:
-    return f"; floor {row['floor_us']} µs at {H200_COPY / 1e12} TB/s" if "floor_us" in row else ""
 
 
 if __name__ == "__main__":

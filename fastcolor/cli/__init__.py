@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastcolor._version import __version__
+from fastcolor.cli.bench import bench
 from fastcolor.cli.colorize import colorize
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
@@ -41,6 +42,7 @@ app.command()(colorize)
 app.command()(train)
 app.command()(pack)
 app.command()(info)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 def main() -> None:
