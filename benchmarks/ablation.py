@@ -3,8 +3,8 @@
 `python -m benchmarks.ablation PHOTOS [--out runs/ablation] [--epochs 4] [--size 96] [--seeds 2] [--only base,skip]
 [--shares 0.125,0.25,0.5,1] [--json FILE]`
 
-PHOTOS has train/ and val/ inside. Runs that are there already are taken as they are, so that a stopped comparison goes
-on. PSNR is compared at equal colourfulness, along the curve over vividness: a greyer picture always has the better PSNR.
+PHOTOS has train/ and val/ inside. Runs that are there already are taken as they are, so a stopped comparison goes on.
+PSNR is compared at equal colourfulness, along the curve over vividness: a greyer picture always has a better PSNR.
 With --shares it is the amount of data that changes: the first so many of the training photos, as many steps.
 """
 
