@@ -145,13 +145,11 @@ def main() -> None:
         }  # fmt: skip
     else:
         cases = {k: (VARIANTS[k][0], options.photos, VARIANTS[k][1]) for k in options.only.split(",")}
-    runs = {
-        key: [
-            trained(data, replace(base, **changes, seed=seed, out=str(options.out / f"{key}-{seed}")))
-            for seed in range(options.seeds)
-        ]
-        for key, (_, data, changes) in cases.items()
-    }
+    runs: dict[str, list[Path]] = {key: [] for key in cases}
+    for seed in range(options.seeds):  # a comparison that is stopped has whole seeds
+        for key, (_, data, changes) in cases.items():
+            out = options.out / f"{key}-{seed}"
+            runs[key].append(trained(data, replace(base, **changes, seed=seed, out=str(out))))
     rows = []
     for key, (name, _, changes) in cases.items():
         for mrf in (False, True):
