@@ -33,7 +33,7 @@ constexpr float kBx = float(0.055646639135177208 * kWhiteX), kBy = -0.2040413383
 constexpr float kKnee = 0.008856f, kInverseKnee = 0.2068966f, kSlope = 7.787f, kOffset = float(16.0 / 116.0);
 constexpr int kBisections = 16;                    // of the gamut scale: chroma to 2^-16 of itself
 constexpr float kGamutStep = 1.0f / 65536;         // the same, 2^-16
-constexpr float kGamutTolerance = 1e-6f;           // of linear light; white's rounding error is inside
+constexpr float kGamutTolerance = 4e-6f;           // of linear light: reference/lab.py, GAMUT_TOLERANCE
 
 // memcpy, not a union: the compiler sees through it and keeps the loop vectorized.
 FC_INLINE int32_t bits_of(float x) {
