@@ -17,8 +17,9 @@ KNEE, INVERSE_KNEE, SLOPE, OFFSET = 0.008856, 0.2068966, 7.787, 16 / 116
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}
 BISECTIONS = 24
 # How far outside [0, 1] linear light may be that counts as inside sRGB. A colour on the border of sRGB that was rounded
-# to float32 Lab is up to 2.6e-6 outside (of all 8-bit colours, and four million of 16 bits); as a colour outside it would
-# be brought in to another border, where its line of one hue and lightness leaves sRGB twice. L moves by 0.003 at most.
+# to float32 Lab is up to 2.6e-6 outside (of all 8-bit colours, and four million of 16 bits); as a colour outside it
+# would be brought in to another border, where its line of one hue and lightness leaves sRGB twice. L moves by 0.003 at
+# most.
 GAMUT_TOLERANCE = 4e-6
 
 
