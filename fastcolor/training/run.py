@@ -73,7 +73,7 @@ class Run:
         self.device = choose_device(team.device(config.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.problems = Problems()
+        self.problems, self._said = Problems(), 0
         self.photos = team.share(lambda: self._gather(data))
         self._load_data()
 
@@ -111,7 +111,7 @@ class Run:
             ids = [self.device] if self.device.type == "cuda" else None
             self.learner = DistributedDataParallel(self.task, device_ids=ids, gradient_as_bucket_view=True)
         self._sum = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
-        self._seen, self._said, self._saved = 0, 0, time.monotonic()
+        self._seen, self._saved = 0, time.monotonic()
 
     def _check(self) -> bool:
         """Whether the run goes on with an earlier one, and whether it may start at all."""
