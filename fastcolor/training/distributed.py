@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+class TeamError(RuntimeError):
+    """The first process cannot go on, and says why itself."""
+
 
 _PATIENCE = timedelta(hours=1)  # the first process may read a million headers while the others wait
 
@@ -46,18 +53,19 @@ class Team:
         return found
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process, in all of them; where it raises there, all raise."""
+        """What `make` gives in the first process, in all of them; where it raises there, the others raise TeamError."""
         if self.world == 1:
             return make()
         box: list = [None, None]
         if self.lead:
             try:
                 box[0] = make()
-            except Exception as error:
-                box[1] = error
+            except Exception:
+                dist.broadcast_object_list([None, True])
+                raise
         dist.broadcast_object_list(box)
-        if box[1] is not None:
-            raise box[1]
+        if box[1]:
+            raise TeamError("the first process could not go on")
         return box[0]
 
     def device(self, name: str) -> str:
@@ -92,8 +100,13 @@ def team() -> Iterator[Team]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
         if joined:
+            # gloo's thread takes the GIL to let go of the last tensors; the end of the group waits for that thread and
+            # has the GIL: without a moment in between they wait for each other (seen in torch 2.13)
+            gc.collect()
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 
