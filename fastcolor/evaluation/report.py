@@ -6,7 +6,7 @@ import base64
 from html import escape
 
 from fastcolor.evaluation.chart import Line, line_chart
-from fastcolor.evaluation.run import GREY, MEAN, Evaluation, Shown
+from fastcolor.evaluation.compare import GREY, MEAN, Evaluation, Shown
 
 _COLORS = 6  # of models' lines
 

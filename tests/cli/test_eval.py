@@ -80,7 +80,7 @@ def test_bad_paths(tmp_path, weights, photos):
 
 
 def test_interrupted(tmp_path, weights, photos, monkeypatch):
-    from fastcolor.evaluation import run as evaluation
+    from fastcolor.evaluation import compare as evaluation
 
     def interrupt(*_):
         raise KeyboardInterrupt

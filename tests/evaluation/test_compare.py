@@ -13,7 +13,7 @@ pyvips = pytest.importorskip("pyvips")
 from fastcolor.bins import ColorBins  # noqa: E402
 from fastcolor.evaluation.metrics import colorfulness, delta_e_2000, psnr, ssim  # noqa: E402
 from fastcolor.evaluation.report import html  # noqa: E402
-from fastcolor.evaluation.run import (  # noqa: E402
+from fastcolor.evaluation.compare import (  # noqa: E402
     GREY,
     MEAN,
     ORACLE,
