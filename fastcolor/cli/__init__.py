@@ -12,7 +12,7 @@ from fastcolor.cli.eval import evaluate
 from fastcolor.cli.export import export
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
-from fastcolor.cli.train import train
+from fastcolor.cli.train import TrainCommand, train
 
 app = typer.Typer(
     name="fastcolor",
@@ -40,7 +40,7 @@ def _root(
 
 
 app.command()(colorize)
-app.command()(train)
+app.command(cls=TrainCommand)(train)
 app.command()(pack)
 app.command("eval")(evaluate)
 app.command()(export)

@@ -204,7 +204,7 @@ def test_bad_folders_and_options(tmp_path, photos):
         message = (
             f"too few usable colour images, {usable} to train on and 0 to check with; .*left out: .*not a readable"
         )
-        with pytest.raises(TrainingError, match=message):
+        with pytest.raises(DataError, match=message):
             train(photos, replace(TINY, out=out))
     assert not (tmp_path / "run").exists()
 
@@ -230,7 +230,7 @@ def test_trains_network_and_field_together(photos, tmp_path):
     # the loss is that of the field's marginals, and its gradient reaches all of the network
     run = Run(photos, replace(config, out=str(tmp_path / "second"), mrf_sweeps=3), Silent())
     rgb = next(iter(run.val_loader))[0]
-    loss, output = run.loss(rgb)
+    loss, output, _ = run.task.loss(rgb)
     assert torch.allclose(output.exp().sum(1), torch.ones(()), atol=1e-5)
     L, ab = split_lab(rgb, 4)
     options = {**field_options(run.field), "bins": run.bins}
@@ -270,7 +270,7 @@ def test_starts_from_other_weights(photos, tmp_path):
     run = Run(photos, replace(TINY, init=weights, out=str(tmp_path / "second")), Silent())
     loaded = load_checkpoint(weights).network.state_dict()
     assert all(torch.equal(v, loaded[n]) for n, v in run.network.state_dict().items())
-    with pytest.raises(TrainingError, match="cannot start .* head is 'distribution', not 'regression'"):
+    with pytest.raises(CheckpointError, match="cannot start .* head is 'distribution', not 'regression'"):
         Run(photos, replace(TINY, init=weights, head="regression", out=str(tmp_path / "third")), Silent())
     loaded = load_checkpoint(weights)
     loaded.mrf = {**FIELD, "weight": 0.25, "radius": 1}
