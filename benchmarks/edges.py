@@ -20,8 +20,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import timing
-from benchmarks.quality import planar
 from fastcolor.evaluation.metrics import psnr
 from fastcolor.imaging.files import read_picture
 from fastcolor.imaging.find import find_images
@@ -31,6 +29,9 @@ from fastcolor.ops.render import render
 from fastcolor.reference.lab import lab_to_linear
 from fastcolor.reference.render import nearest_low, upsample_chroma
 from fastcolor.training.loop import save_grid
+
+from . import timing
+from .quality import planar
 
 STRIDE = 4
 SIGMA_LIGHT = inspect.signature(render).parameters["sigma_light"].default

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
-from benchmarks import timing
 from fastcolor.bins import ColorBins
 from fastcolor.evaluation.metrics import ab_accuracy, auc, chroma_steps, colorfulness, psnr, splotches
 from fastcolor.imaging.files import read_picture
@@ -34,6 +33,8 @@ from fastcolor.model.colorizer import BUNDLED, Colorizer
 from fastcolor.model.network import pool_to
 from fastcolor.ops.mean_field import PRESETS, annealed_mean, mean_field, mode, probability_unary
 from fastcolor.ops.render import render
+
+from . import timing
 
 SEPARABLE = PRESETS["melas_kyriazi_2017"]["bins"]
 LEVELS = (0.5, 0.6, 0.75, 0.9, 1.0)  # of colourfulness, as a share of the truth's, where curves are compared

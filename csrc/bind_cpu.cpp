@@ -1,6 +1,8 @@
 // fastcolor._cpu: one line for each function. Tensors come as addresses, so that no torch is needed to build.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "cpu/cross_entropy.h"
 #include "cpu/lab.h"
 #include "cpu/labels.h"
@@ -19,6 +21,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Three channels: address, Sample, whether interleaved.
+using Planes = std::tuple<Address, int, bool>;
+
+fastcolor::Channels channels(const Planes& planes) {
+  const auto [address, sample, interleaved] = planes;
+  return {at<void>(address), fastcolor::Sample(sample), interleaved};
+}
+
 using Free = py::call_guard<py::gil_scoped_release>;
 }  // namespace
 
@@ -26,10 +36,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "C++ kernels of fastcolor. Arguments are addresses and sizes: see kernels/cpu/*.h.";
   m.def("simd_level", &cpu::simd_level);
   m.def("use_simd", &cpu::use_simd);
-  m.def("rgb_to_lab", [](Address rgb, int sample, bool rgb_interleaved, Address lab, bool lab_interleaved, int64_t images, int64_t pixels, int threads) { cpu::rgb_to_lab(at<void>(rgb), fastcolor::Sample(sample), rgb_interleaved, at<float>(lab), lab_interleaved, images, pixels, threads); }, Free());
-  m.def("rgb_to_lab_backward", [](Address grad_lab, bool grad_lab_interleaved, Address rgb, bool rgb_interleaved, Address grad_rgb, bool grad_rgb_interleaved, int64_t images, int64_t pixels, int threads) { cpu::rgb_to_lab_backward(at<float>(grad_lab), grad_lab_interleaved, at<float>(rgb), rgb_interleaved, at<float>(grad_rgb), grad_rgb_interleaved, images, pixels, threads); }, Free());
-  m.def("lab_to_rgb", [](Address lab, bool lab_interleaved, Address rgb, int sample, bool rgb_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, int threads) { cpu::lab_to_rgb(at<float>(lab), lab_interleaved, at<void>(rgb), fastcolor::Sample(sample), rgb_interleaved, preserve_lightness, images, pixels, threads); }, Free());
-  m.def("lab_to_rgb_backward", [](Address grad_rgb, bool grad_rgb_interleaved, Address lab, bool lab_interleaved, Address grad_lab, bool grad_lab_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, int threads) { cpu::lab_to_rgb_backward(at<float>(grad_rgb), grad_rgb_interleaved, at<float>(lab), lab_interleaved, at<float>(grad_lab), grad_lab_interleaved, preserve_lightness, images, pixels, threads); }, Free());
+  m.def("rgb_to_lab", [](Planes rgb, Planes lab, int64_t images, int64_t pixels, int threads) { cpu::rgb_to_lab(channels(rgb), channels(lab), images, pixels, threads); }, Free());
+  m.def("rgb_to_lab_backward", [](Planes grad_lab, Planes rgb, Planes grad_rgb, int64_t images, int64_t pixels, int threads) { cpu::rgb_to_lab_backward(channels(grad_lab), channels(rgb), channels(grad_rgb), images, pixels, threads); }, Free());
+  m.def("lab_to_rgb", [](Planes lab, Planes rgb, bool preserve_lightness, int64_t images, int64_t pixels, int threads) { cpu::lab_to_rgb(channels(lab), channels(rgb), preserve_lightness, images, pixels, threads); }, Free());
+  m.def("lab_to_rgb_backward", [](Planes grad_rgb, Planes lab, Planes grad_lab, bool preserve_lightness, int64_t images, int64_t pixels, int threads) { cpu::lab_to_rgb_backward(channels(grad_rgb), channels(lab), channels(grad_lab), preserve_lightness, images, pixels, threads); }, Free());
   m.def("inverse_cbrt", [](Address x, Address out, int64_t n) { cpu::inverse_cbrt(at<float>(x), at<float>(out), n); }, Free());
   m.def("power", [](Address x, float p, Address out, int64_t n) { cpu::power(at<float>(x), p, at<float>(out), n); }, Free());
   m.def("gamut_scales", [](Address lab, Address t, int64_t n) { cpu::gamut_scales(at<float>(lab), at<float>(t), n); }, Free());
@@ -49,7 +59,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 
   using Scene = cpu::RenderProblem;
   py::class_<Scene>(m, "RenderProblem").def(py::init([](Address ab, Address guide, int64_t batch, int64_t low_height, int64_t low_width, int64_t height, int64_t width, Address rows_at, Address rows_beyond, Address columns_at, Address columns_beyond, float sharpness, float floor, int threads) { return Scene{at<float>(ab), at<float>(guide), batch, low_height, low_width, height, width, {at<int32_t>(rows_at), at<float>(rows_beyond)}, {at<int32_t>(columns_at), at<float>(columns_beyond)}, sharpness, floor, threads}; }));
-  m.def("render", [](const Scene& scene, Address L, Address rgb, int sample, bool interleaved, bool preserve_lightness) { cpu::render(scene, at<float>(L), at<void>(rgb), fastcolor::Sample(sample), interleaved, preserve_lightness); }, Free());
+  m.def("render", [](const Scene& scene, Address L, int light, Planes rgb, bool preserve_lightness) { cpu::render(scene, at<void>(L), fastcolor::Sample(light), channels(rgb), preserve_lightness); }, Free());
   m.def("render_uv", [](const Scene& scene, int64_t down, int64_t across, bool cosited_down, bool cosited_across, int bits, float black, float luma_span, float chroma_span, float red, float blue, Address xyz_to_rgb, Address luma, int64_t luma_height, int64_t luma_width, int64_t row, int64_t image, Address u, Address v) { cpu::render_uv(scene, {down, across, cosited_down, cosited_across, bits, black, luma_span, chroma_span, red, blue, at<float>(xyz_to_rgb)}, at<void>(luma), luma_height, luma_width, row, image, at<void>(u), at<void>(v)); }, Free());
   m.def("look_up", [](Address samples, bool wide, Address table, Address out, int64_t n, int threads) { cpu::look_up(at<void>(samples), wide, at<float>(table), at<float>(out), n, threads); }, Free());
   m.def("render_exp2", [](Address x, Address out, int64_t n) { cpu::render_exp2(at<float>(x), at<float>(out), n); }, Free());

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <tuple>
 
 #include "cuda/lab.h"
 #include "cuda/mean_field.h"
@@ -18,6 +19,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Three channels: address, Sample, whether interleaved.
+using Planes = std::tuple<Address, int, bool>;
+
+fastcolor::Channels channels(const Planes& planes) {
+  const auto [address, sample, interleaved] = planes;
+  return {at<void>(address), fastcolor::Sample(sample), interleaved};
+}
+
 cudaStream_t stream_at(Address address) { return reinterpret_cast<cudaStream_t>(address); }
 
 void check(cudaError_t error) {
@@ -27,10 +36,10 @@ void check(cudaError_t error) {
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of fastcolor. Arguments are addresses, sizes and a stream: see kernels/cuda/*.h.";
-  m.def("rgb_to_lab", [](Address rgb, int sample, bool rgb_interleaved, Address lab, bool lab_interleaved, int64_t images, int64_t pixels, Address stream) { check(cuda::rgb_to_lab(at<void>(rgb), fastcolor::Sample(sample), rgb_interleaved, at<float>(lab), lab_interleaved, images, pixels, stream_at(stream))); });
-  m.def("rgb_to_lab_backward", [](Address grad_lab, bool grad_lab_interleaved, Address rgb, bool rgb_interleaved, Address grad_rgb, bool grad_rgb_interleaved, int64_t images, int64_t pixels, Address stream) { check(cuda::rgb_to_lab_backward(at<float>(grad_lab), grad_lab_interleaved, at<float>(rgb), rgb_interleaved, at<float>(grad_rgb), grad_rgb_interleaved, images, pixels, stream_at(stream))); });
-  m.def("lab_to_rgb", [](Address lab, bool lab_interleaved, Address rgb, int sample, bool rgb_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, Address stream) { check(cuda::lab_to_rgb(at<float>(lab), lab_interleaved, at<void>(rgb), fastcolor::Sample(sample), rgb_interleaved, preserve_lightness, images, pixels, stream_at(stream))); });
-  m.def("lab_to_rgb_backward", [](Address grad_rgb, bool grad_rgb_interleaved, Address lab, bool lab_interleaved, Address grad_lab, bool grad_lab_interleaved, bool preserve_lightness, int64_t images, int64_t pixels, Address stream) { check(cuda::lab_to_rgb_backward(at<float>(grad_rgb), grad_rgb_interleaved, at<float>(lab), lab_interleaved, at<float>(grad_lab), grad_lab_interleaved, preserve_lightness, images, pixels, stream_at(stream))); });
+  m.def("rgb_to_lab", [](Planes rgb, Planes lab, int64_t images, int64_t pixels, Address stream) { check(cuda::rgb_to_lab(channels(rgb), channels(lab), images, pixels, stream_at(stream))); });
+  m.def("rgb_to_lab_backward", [](Planes grad_lab, Planes rgb, Planes grad_rgb, int64_t images, int64_t pixels, Address stream) { check(cuda::rgb_to_lab_backward(channels(grad_lab), channels(rgb), channels(grad_rgb), images, pixels, stream_at(stream))); });
+  m.def("lab_to_rgb", [](Planes lab, Planes rgb, bool preserve_lightness, int64_t images, int64_t pixels, Address stream) { check(cuda::lab_to_rgb(channels(lab), channels(rgb), preserve_lightness, images, pixels, stream_at(stream))); });
+  m.def("lab_to_rgb_backward", [](Planes grad_rgb, Planes lab, Planes grad_lab, bool preserve_lightness, int64_t images, int64_t pixels, Address stream) { check(cuda::lab_to_rgb_backward(channels(grad_rgb), channels(lab), channels(grad_lab), preserve_lightness, images, pixels, stream_at(stream))); });
 
   using Field = cuda::MeanFieldProblem;
   py::class_<Field>(m, "MeanFieldProblem").def(py::init([](Address logits, int storage, bool labels_last, int64_t batch, int64_t labels, int64_t height, int64_t width, int64_t axes, int64_t rank, int64_t offsets, int64_t reach_y, int64_t reach_x, Address whole, Address a, Address b, Address guide, Address space, Address sharpness, Address prior, int64_t sweeps, bool checkerboard, float damping, bool uniform) { return Field{at<void>(logits), fastcolor::Storage(storage), labels_last, batch, labels, height, width, axes, rank, offsets, reach_y, reach_x, at<int>(whole), at<float>(a), at<float>(b), at<float>(guide), at<float>(space), at<float>(sharpness), at<float>(prior), sweeps, checkerboard, damping, uniform}; }));
@@ -42,7 +51,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
 
   using Scene = cuda::RenderProblem;
   py::class_<Scene>(m, "RenderProblem").def(py::init([](Address ab, Address guide, int storage, int64_t batch, int64_t low_height, int64_t low_width, int64_t height, int64_t width, Address rows_at, Address rows_beyond, Address columns_at, Address columns_beyond, float sharpness, float floor) { return Scene{at<void>(ab), at<void>(guide), fastcolor::Storage(storage), batch, low_height, low_width, height, width, {at<int32_t>(rows_at), at<float>(rows_beyond)}, {at<int32_t>(columns_at), at<float>(columns_beyond)}, sharpness, floor}; }));
-  m.def("render", [](const Scene& scene, Address L, int light, Address rgb, int sample, bool interleaved, bool preserve_lightness, Address stream) { check(cuda::render(scene, at<void>(L), fastcolor::Storage(light), at<void>(rgb), fastcolor::Sample(sample), interleaved, preserve_lightness, stream_at(stream))); });
+  m.def("render", [](const Scene& scene, Address L, int light, Planes rgb, bool preserve_lightness, Address stream) { check(cuda::render(scene, at<void>(L), fastcolor::Sample(light), channels(rgb), preserve_lightness, stream_at(stream))); });
   m.def("render_uv", [](const Scene& scene, int64_t down, int64_t across, bool cosited_down, bool cosited_across, int bits, float black, float luma_span, float chroma_span, float red, float blue, Address xyz_to_rgb, Address luma, int64_t luma_height, int64_t luma_width, int64_t row, int64_t image, Address u, Address v, Address stream) { check(cuda::render_uv(scene, {down, across, cosited_down, cosited_across, bits, black, luma_span, chroma_span, red, blue, at<float>(xyz_to_rgb)}, at<void>(luma), luma_height, luma_width, row, image, at<void>(u), at<void>(v), stream_at(stream))); });
   m.def("look_up", [](Address samples, bool wide, Address table, Address out, int64_t n, Address stream) { check(cuda::look_up(at<void>(samples), wide, at<float>(table), at<float>(out), n, stream_at(stream))); });
 }

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of kernels/common/storage.h
+# Types as kernels/common/storage.h numbers them: of logits and the like, and of pictures.
+STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SAMPLE = {torch.uint8: 0, torch.uint16: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
 class Channels(NamedTuple):
@@ -19,8 +21,9 @@ class Channels(NamedTuple):
     pixels: int
 
     @property
-    def address(self) -> int:
-        return self.tensor.data_ptr()
+    def planes(self) -> tuple[int, int, bool]:
+        """Channels of kernels/common/storage.h."""
+        return self.tensor.data_ptr(), SAMPLE[self.tensor.dtype], self.interleaved
 
 
 def channels(tensor: Tensor, channels_last: bool) -> Channels:
@@ -28,8 +31,8 @@ def channels(tensor: Tensor, channels_last: bool) -> Channels:
     height, width = tensor.shape[-3:-1] if channels_last else tensor.shape[-2:]
     pixels = height * width
     images = tensor.numel() // (3 * pixels) if pixels else 0
-    other = tensor.movedim(-1, -3) if channels_last else tensor.movedim(-3, -1)
     if not tensor.is_contiguous():
+        other = tensor.movedim(-1, -3) if channels_last else tensor.movedim(-3, -1)
         if other.is_contiguous():
             return Channels(tensor, not channels_last, images, pixels)
         tensor = tensor.contiguous()

@@ -10,11 +10,12 @@ import sys
 import torch
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.bins import ColorBins
 from fastcolor.ops import _backend
 from fastcolor.reference import mean_field as reference
+
+from .. import timing, work
+from ..timing import Candidate
 
 BINS = ColorBins()
 TEMPERATURE = 0.38
@@ -64,7 +65,7 @@ def table(title: str, moved: int, logits: torch.Tensor, exact: torch.Tensor, opt
         try:
             run = build()
         except Exception as error:  # no kernel, no compiler, or one that fails
-            candidate.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            candidate.why_not = timing.first_line(error)
             continue
         candidate.error = (run(0).cpu().double() - exact).abs().max().item()
         if candidate.ours and not candidate.error <= BOUND:
@@ -73,17 +74,21 @@ def table(title: str, moved: int, logits: torch.Tensor, exact: torch.Tensor, opt
         candidate.run = run
     able = [c for c in candidates if c.run]
     times = timing.measure(able, options.device, rounds=3 if options.quick else 11, calls=4)
-    context = {"title": title, "error_unit": "ab", "oracle": "our reference in float64"}
-    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
+    _, labels, height, width = logits.shape
+    context = {"title": title, "op": "annealed_mean", "size": f"{width}x{height}", "labels": labels}
+    context |= {"error_unit": "ab", "oracle": "our reference in float64"}
+    operations = work.annealed_mean(width * height, labels)
+    rows = timing.compare([timing.row(c, times.get(c.name), moved, operations, **context) for c in candidates])
     timing.show(rows, title)
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = timing.parser("annealed_mean", __doc__, "480x270", "few samples, no torch.compile")
+    parser = timing.parser("annealed_mean", __doc__, "480x270", "few samples, a small picture, no torch.compile")
     options = timing.parse(parser, arguments)
     record = timing.machine(options.device, options.commit)
-    return timing.finish("annealed_mean", options, record, benchmark(*(options.size or (480, 270)), options))
+    size = options.size or ((96, 64) if options.quick else (480, 270))
+    return timing.finish("annealed_mean", options, record, benchmark(*size, options))
 
 
 if __name__ == "__main__":

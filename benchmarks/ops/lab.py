@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.ops import _backend
 from fastcolor.reference import lab as reference
 
-H200_COPY = 4.3e12  # bytes per second, read and written, measured on one
+from .. import timing, work
+from ..timing import Candidate
+
 LAB_BOUND = 1e-3  # of ours, against float64: else they are not timed
 LEVEL_BOUND = 0.5 + 1e-3  # of 8-bit levels: rounding alone is 0.5
+NARROW = (torch.uint16, torch.float16, torch.bfloat16)  # measured beside 8 bits
 SMALL = [(64, 64), (256, 256)]  # where the overhead of the call rules
 
 Peer = tuple[str, Callable[[], Callable[[int], object]]]
@@ -200,7 +201,45 @@ def benchmark(op: str, width: int, height: int, device: str, quick: bool) -> lis
             *lab_to_rgb_peers(inputs, device),
         ]
 
-    candidates = [timing.plain_copy(moved, device)]
+    candidates = [timing.plain_copy(moved, device), *checked(peers, exact, 255, bound, unit)]
+    types = "uint8 → float32" if op == "rgb_to_lab" else "float32 → uint8"
+    context = {"op": op, "types": types, "error_unit": unit, "oracle": oracle_name}
+    return timed(candidates, moved, width, height, device, quick, context)
+
+
+def benchmark_narrow(op: str, dtype: torch.dtype, width: int, height: int, device: str, quick: bool) -> list[dict]:
+    """The same for other types: uint16 and float32, or 16 bits on both sides."""
+    floating = dtype.is_floating_point
+    moved = width * height * 3 * (4 if floating else 6)
+    to_lab, to_rgb, oracle_name = oracle()
+    images = [photograph(width, height, seed) for seed in range(timing.rotation(moved, device))]
+    rounding = torch.finfo(dtype).eps / 2 if floating else 0  # of what is written
+    if op == "rgb_to_lab":
+        inputs = [x.to(dtype) if floating else (x.int() * 257).to(dtype) for x in images]
+        inputs = [x / 255 if floating else x for x in inputs]
+        top, bound, unit = 1, LAB_BOUND + 128 * rounding, "Lab"
+        exact = to_lab(interleaved(inputs[0].double() / (1 if floating else 65535)).numpy())
+        result = dtype if floating else torch.float32
+    else:
+        inputs = [reference.rgb_to_lab(x).to(dtype if floating else torch.float32) for x in images]
+        top, unit = (1, "RGB") if floating else (65535, "16-bit levels")
+        bound = 1e-5 + rounding if floating else 1.5
+        exact, result = to_rgb(interleaved(inputs[0].double()).numpy()) * top, dtype
+    inputs = [x.to(device) for x in inputs]
+    plain = getattr(reference, op)
+    peers = [
+        *ours(getattr(fastcolor, op), inputs, device, dtype=result),
+        *references(lambda x: plain(x, dtype=result), inputs, quick),
+    ]
+    candidates = [timing.plain_copy(moved, device), *checked(peers, exact, top, bound, unit)]
+    types = " → ".join(str(x).removeprefix("torch.") for x in (inputs[0].dtype, result))
+    context = {"op": op, "types": types, "error_unit": unit, "oracle": oracle_name}
+    return timed(candidates, moved, width, height, device, quick, context)
+
+
+def checked(peers: list[Peer], exact: np.ndarray, top: int, bound: float, unit: str) -> list[Candidate]:
+    """Built, and held against the oracle: ours are left out where they are further off than the bound."""
+    candidates = []
     for name, build in peers:
         candidate = Candidate(name, None, ours=name.startswith("fastcolor"))
         candidates.append(candidate)
@@ -211,24 +250,28 @@ def benchmark(op: str, width: int, height: int, device: str, quick: bool) -> lis
             continue
         result = as_interleaved(run(0))
         if name.endswith("to float32"):
-            result = result * 255
+            result = result * top
         candidate.error = float(np.abs(result - exact).max())
         if candidate.ours and not candidate.error <= bound:
             candidate.why_not = f"off by {candidate.error:.2g} {unit}, more than {bound:g}"
             continue
         candidate.run = run
 
+    return candidates
+
+
+def timed(
+    candidates: list[Candidate], moved: int, width: int, height: int, device: str, quick: bool, context: dict[str, str]
+) -> list[dict]:
+    """One table; `context` says what it is of."""
+    op, types, unit, oracle_name = context.values()
+    context = {**context, "size": f"{width}x{height}"}
+    context["title"] = f"{op}, {width}×{height}, {types}; error in {unit} against {oracle_name}"
     able = [c for c in candidates if c.run]
     calls = max(timing.rotation(moved, device), 8 if moved > 1e7 else 50)
     times = timing.measure(able, device, rounds=3 if quick else 15, calls=calls)
-    types = "uint8 → float32" if op == "rgb_to_lab" else "float32 → uint8"
-    context = {"op": op, "size": f"{width}x{height}", "types": types, "error_unit": unit, "oracle": oracle_name}
-    context["title"] = f"{op}, {width}×{height}, {types}; error in {unit} against {oracle_name}"
-    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
-    if device == "cuda" and "H200" in torch.cuda.get_device_name(0):
-        for r in rows:
-            r["floor_us"] = round(moved / H200_COPY * 1e6, 2)
-    return rows
+    operations = getattr(work, op)(width * height)
+    return timing.compare([timing.row(c, times.get(c.name), moved, operations, **context) for c in candidates])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,12 +285,11 @@ def main(arguments: list[str] | None = None) -> int:
     for op in ("rgb_to_lab", "lab_to_rgb"):
         for w, h in [size] if options.quick else [size, *SMALL]:
             rows += (table := benchmark(op, w, h, options.device, options.quick))
-            timing.show(table, table[0]["title"] + _floor(table[0]))
+            timing.show(table, table[0]["title"])
+        for dtype in NARROW:
+            rows += (table := benchmark_narrow(op, dtype, *size, options.device, options.quick))
+            timing.show(table, table[0]["title"])
     return timing.finish("lab", options, record, rows)
-
-
-def _floor(row: dict) -> str:
-    return f"; floor {row['floor_us']} µs at {H200_COPY / 1e12} TB/s" if "floor_us" in row else ""
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.ops.mean_field import peak_memory
-from benchmarks.timing import Candidate
 from fastcolor.bins import ColorBins, soft_encode
 from fastcolor.ops import _backend
 from fastcolor.reference import cross_entropy as reference
+
+from .. import timing
+from ..timing import Candidate
+from .mean_field import peak_memory
 
 BINS = ColorBins()
 SIZES = {"cpu": [(16, 32, 32), (16, 64, 64)], "cuda": [(64, 64, 64)]}

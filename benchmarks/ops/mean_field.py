@@ -13,7 +13,6 @@ a plain copy take there. `--perf` counts instructions (Linux, where the machine 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,19 +28,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.timing import Candidate
 from fastcolor.ops import _backend
 from fastcolor.ops.mean_field import mean_field_annealed
 from fastcolor.reference import mean_field as reference
+
+from .. import timing, work
+from ..timing import Candidate, available_memory, peak_memory
 
 LABELS = 313
 SIZES = [(1, 64, 64), (1, 128, 128), (1, 480, 270)]  # images, width, height
 # images, width, height: 20, 82 and 328 MB of logits, of which the shared memory of an H200 holds 30
 CUDA_SIZES = [(8, 64, 64), (32, 64, 64), (128, 64, 64)]
 FIELD = {"radius": 2, "sigma_space": 3.0, "sigma_light": 10.0, "weight": 0.1, "sweeps": 5}
+NEIGHBORS = (2 * FIELD["radius"] + 1) ** 2 - 1
 CUDA_SWEEPS = 8
-H200_COPY = 4.3e12  # bytes per second, read and written, measured on one
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BOUND = {"float32": 1e-5, "bfloat16": 2**-8}  # of a marginal, else it is not timed; 16 bits round it once
 AB_BOUND = 0.02  # of ab units
@@ -193,33 +192,6 @@ def compiled(function: Callable[[Tensor, Tensor], Tensor], inputs: list[tuple[Te
     return build
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def available_memory() -> int | None:
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes that a call adds to the process at its peak; None where the system does not tell."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before would be reused unseen
-
-    def field(name: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
-
-    try:
-        reset.write_text("5")
-        before = field("VmRSS")
-        run()
-        return max(0, field("VmHWM") - before)
-    except (OSError, StopIteration):
-        return None
-
-
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +300,9 @@ def on_cpu(width: int, height: int, quick: bool, perf: bool) -> list[dict]:
     )
     rows = []
     for c in candidates:
-        row = timing.row(c, times.get(c.name), moved[c.name], **context)
+        rank = 8 if "R=8" in c.name else 3
+        operations = work.mean_field(width * height, LABELS, rank, NEIGHBORS, FIELD["sweeps"])
+        row = timing.row(c, times.get(c.name), moved[c.name], operations, **context)
         if c.name in times and c.name != timing.COPY:
             row["ms_per_sweep"] = round(times[c.name].median * 1e3 / FIELD["sweeps"], 3)
             row["peak_MB"] = None if peaks[c.name] is None else round(peaks[c.name] / 1e6, 1)
@@ -391,15 +365,14 @@ def on_cuda(images: int, width: int, height: int, quick: bool) -> list[dict]:
         f"mean_field, {LABELS} labels, {images} of {width}×{height}, {kind}, {CUDA_SWEEPS} sweeps; error of marginals "
         "(of ab) against our reference in float64"
     )
-    rows = timing.compare([timing.row(c, times.get(c.name), moved[c.name], **context) for c in candidates])
+    operations = work.mean_field(images * width * height, LABELS, 3, NEIGHBORS, CUDA_SWEEPS)
+    rows = timing.compare([timing.row(c, times.get(c.name), moved[c.name], operations, **context) for c in candidates])
     # a plain copy reads and writes as much as its time says: half of it is one read of the logits
     read = times[timing.COPY].median / 2
     for row in rows:
         if row["candidate"] in times and row["candidate"] != timing.COPY:
             row["reads_of_logits"] = round(times[row["candidate"]].median / read, 2)
             row["note"] = f"{row['note']} {row['reads_of_logits']} reads of the logits".strip()
-        if "H200" in torch.cuda.get_device_name(0):
-            row["floor_us"] = round(moved[row["candidate"]] / H200_COPY * 1e6, 2)
     return rows
 
 

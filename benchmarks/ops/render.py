@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
-from benchmarks import timing
-from benchmarks.ops.lab import SMALL, interleaved, on_cpu_only, photograph
-from benchmarks.timing import Candidate
 from fastcolor.ops import _backend
 from fastcolor.reference import render as reference
+
+from .. import timing
+from ..timing import Candidate
+from .lab import SMALL, interleaved, on_cpu_only, photograph
 
 LEVEL_BOUND = 1.0  # of 8-bit levels, against float64: rounding alone is 0.5
 # Of 100,000 samples: where a line of one hue and lightness leaves sRGB and enters it again (four pixels of two million

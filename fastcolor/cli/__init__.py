@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastcolor._version import __version__
+from fastcolor.cli.bench import bench
 from fastcolor.cli.colorize import colorize
 from fastcolor.cli.eval import evaluate
 from fastcolor.cli.export import export
@@ -45,6 +46,7 @@ app.command()(pack)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(info)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 def main() -> None:

@@ -180,6 +180,13 @@ def choose(op: str, device: torch.device) -> Choice:
     raise BackendError("; ".join(reasons))
 
 
+@contextmanager
+def stream(device: torch.device) -> Iterator[int]:
+    """The current stream of a CUDA device, which is the current device inside."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
 @cache
 def say_once(op: str, device: str, why: str) -> None:
     """Logs a fallback the first time that it happens."""

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcolor.kernels.memory import channels, float32
+from fastcolor.kernels.memory import SAMPLE, channels
 from fastcolor.ops import _backend
 from fastcolor.reference import lab as reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SAMPLES = {torch.uint8: 0, torch.uint16: 1}  # of kernels/cpu/lab.h and kernels/cuda/lab.h; 2 is float32
+_INTEGERS = (torch.uint8, torch.uint16)
 _GAMUTS = ("clip", "preserve_lightness")
 
 for _name in ("rgb_to_lab", "lab_to_rgb"):
@@ -27,13 +27,7 @@ def _launch_rgb_to_lab(rgb: Tensor, channels_last: bool, dtype: torch.dtype) -> 
         return reference.rgb_to_lab(rgb, channels_last, dtype).contiguous()
     if backend == "triton":
         return _triton().rgb_to_lab(rgb, channels_last, dtype)
-    source = channels(rgb if rgb.dtype in _SAMPLES else float32(rgb), channels_last)
-    lab = rgb.new_empty(rgb.shape, dtype=torch.float32)
-    _native(
-        backend, rgb, "rgb_to_lab", source.address, _SAMPLES.get(rgb.dtype, 2), source.interleaved,
-        lab.data_ptr(), channels_last, source.images, source.pixels,
-    )  # fmt: skip
-    return lab.to(dtype)
+    return _native(backend, "rgb_to_lab", channels_last, (rgb,), dtype)
 
 
 def _launch_rgb_to_lab_backward(grad: Tensor, rgb: Tensor, channels_last: bool) -> Tensor:
@@ -42,13 +36,7 @@ def _launch_rgb_to_lab_backward(grad: Tensor, rgb: Tensor, channels_last: bool) 
         return _reference_gradient(lambda x: reference.rgb_to_lab(x, channels_last), rgb, grad)
     if backend == "triton":
         return _triton().rgb_to_lab_backward(grad, rgb, channels_last)
-    upstream, source = channels(float32(grad), channels_last), channels(float32(rgb), channels_last)
-    grad_rgb = rgb.new_empty(rgb.shape, dtype=torch.float32)
-    _native(
-        backend, rgb, "rgb_to_lab_backward", upstream.address, upstream.interleaved, source.address,
-        source.interleaved, grad_rgb.data_ptr(), channels_last, source.images, source.pixels,
-    )  # fmt: skip
-    return grad_rgb.to(rgb.dtype)
+    return _native(backend, "rgb_to_lab_backward", channels_last, (grad, rgb), rgb.dtype)
 
 
 def _launch_lab_to_rgb(lab: Tensor, channels_last: bool, dtype: torch.dtype, preserve_lightness: bool) -> Tensor:
@@ -58,13 +46,7 @@ def _launch_lab_to_rgb(lab: Tensor, channels_last: bool, dtype: torch.dtype, pre
         return reference.lab_to_rgb(lab, channels_last, dtype, gamut).contiguous()
     if backend == "triton":
         return _triton().lab_to_rgb(lab, channels_last, dtype, preserve_lightness)
-    source = channels(float32(lab), channels_last)
-    rgb = lab.new_empty(lab.shape, dtype=dtype if dtype in _SAMPLES else torch.float32)
-    _native(
-        backend, lab, "lab_to_rgb", source.address, source.interleaved, rgb.data_ptr(), _SAMPLES.get(dtype, 2),
-        channels_last, preserve_lightness, source.images, source.pixels,
-    )  # fmt: skip
-    return rgb if dtype in _SAMPLES else rgb.to(dtype)
+    return _native(backend, "lab_to_rgb", channels_last, (lab,), dtype, preserve_lightness)
 
 
 def _launch_lab_to_rgb_backward(grad: Tensor, lab: Tensor, channels_last: bool, preserve_lightness: bool) -> Tensor:
@@ -74,22 +56,26 @@ def _launch_lab_to_rgb_backward(grad: Tensor, lab: Tensor, channels_last: bool, 
         return _reference_gradient(lambda x: reference.lab_to_rgb(x, channels_last, gamut=gamut), lab, grad)
     if backend == "triton":
         return _triton().lab_to_rgb_backward(grad, lab, channels_last, preserve_lightness)
-    upstream, source = channels(float32(grad), channels_last), channels(float32(lab), channels_last)
-    grad_lab = lab.new_empty(lab.shape, dtype=torch.float32)
-    _native(
-        backend, lab, "lab_to_rgb_backward", upstream.address, upstream.interleaved, source.address,
-        source.interleaved, grad_lab.data_ptr(), channels_last, preserve_lightness, source.images, source.pixels,
-    )  # fmt: skip
-    return grad_lab.to(lab.dtype)
+    return _native(backend, "lab_to_rgb_backward", channels_last, (grad, lab), lab.dtype, preserve_lightness)
 
 
-def _native(backend: str, tensor: Tensor, name: str, *arguments) -> None:
-    """Calls a C++ or CUDA kernel, which share their arguments but for the last: threads, or a stream."""
+def _native(
+    backend: str, name: str, channels_last: bool, inputs: tuple[Tensor, ...], dtype: torch.dtype, *options: bool
+) -> Tensor:
+    """Calls a C++ or CUDA kernel, which share their arguments but for the last: threads, or a stream. Every type is
+    read and written as it is, but for float64, which the kernels do not know.
+    """
+    views = [channels(x if x.dtype in SAMPLE else x.float(), channels_last) for x in inputs]
+    first = inputs[0]
+    result = first.new_empty(first.shape, dtype=dtype if dtype in SAMPLE else torch.float32)
+    planes = result.data_ptr(), SAMPLE[result.dtype], channels_last
+    arguments = (*(v.planes for v in views), planes, *options, views[0].images, views[0].pixels)
     if backend == "cpp":
         getattr(_backend.native("_cpu"), name)(*arguments, torch.get_num_threads())
-        return
-    with torch.cuda.device(tensor.device):
-        getattr(_backend.native("_cuda"), name)(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        with _backend.stream(first.device) as stream:
+            getattr(_backend.native("_cuda"), name)(*arguments, stream)
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 def _triton():
@@ -192,7 +178,7 @@ def rgb_to_lab(rgb: Tensor, *, channels_last: bool = False, dtype: torch.dtype |
         TypeError: `rgb` is not a tensor or of another type. ValueError: its shape has no 3 channels.
         BackendError: a backend was asked for that cannot run here.
     """
-    _check_channels("rgb", rgb, channels_last, (*_SAMPLES, *_FLOATS))
+    _check_channels("rgb", rgb, channels_last, (*_INTEGERS, *_FLOATS))
     dtype = _check_dtype(dtype or (rgb.dtype if rgb.is_floating_point() else torch.float32), _FLOATS)
     if _on_reference(rgb) or dtype == torch.float64:
         return reference.rgb_to_lab(rgb, channels_last, dtype)
@@ -223,13 +209,13 @@ def lab_to_rgb(
         gamut. BackendError: a backend was asked for that cannot run here.
     """
     _check_channels("lab", lab, channels_last, _FLOATS)
-    dtype = _check_dtype(dtype or lab.dtype, (*_SAMPLES, *_FLOATS))
+    dtype = _check_dtype(dtype or lab.dtype, (*_INTEGERS, *_FLOATS))
     if gamut not in _GAMUTS:
         raise ValueError(f"gamut must be one of {', '.join(_GAMUTS)}; got {gamut!r}")
     if _on_reference(lab):
         return reference.lab_to_rgb(lab, channels_last, dtype, gamut)
     preserve_lightness = gamut == "preserve_lightness"
-    if lab.requires_grad and torch.is_grad_enabled() and dtype not in _SAMPLES:
+    if lab.requires_grad and torch.is_grad_enabled() and dtype not in _INTEGERS:
         return _LabToRgb.apply(lab, channels_last, dtype, preserve_lightness)
     return _lab_to_rgb(lab, channels_last, dtype, preserve_lightness)
 

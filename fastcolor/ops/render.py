@@ -5,21 +5,16 @@ fastcolor.reference.render, the kernels in fastcolor/kernels/*/render.*.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fastcolor.kernels.memory import STORAGE, float32
+from fastcolor.kernels.memory import SAMPLE, STORAGE, float32
 from fastcolor.ops import _backend
-from fastcolor.ops.lab import _FLOATS, _GAMUTS, _SAMPLES, _check_dtype
+from fastcolor.ops.lab import _FLOATS, _GAMUTS, _INTEGERS, _check_dtype
 from fastcolor.reference import render as reference
 from fastcolor.yuv import YuvFormat
-
-# Of kernels/common/storage.h: what is read, and what is written. The C++ kernels read float32 alone.
-_SAMPLE = {**_SAMPLES, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 for _name in ("render", "render_uv", "luma_to_lightness"):
     _backend.offer(_name, "cuda", "triton", "cpp")
@@ -38,7 +33,7 @@ def _launch_render(
         gamut = _GAMUTS[preserve_lightness]
         return reference.render(ab, guide, L, scale, sigma_light, dtype, gamut, channels_last).contiguous()
     ab, guide = _low(ab, guide, backend)
-    light = (float32(L) if backend == "cpp" or L.dtype not in STORAGE else L).contiguous()
+    light = (L if L.dtype in STORAGE else L.float()).contiguous()
     places = _places_of(L.shape[2:], scale, (1, 1), (0.5, 0.5), L.device)
     if backend == "triton":
         return _triton().render(
@@ -46,18 +41,14 @@ def _launch_render(
         )
     rgb = _fake_render(ab, guide, L, *scale, sigma_light, dtype, preserve_lightness, channels_last)
     scene = _scene(ab, guide, L.shape[2:], places, sigma_light, backend)
+    planes = rgb.data_ptr(), SAMPLE[dtype], channels_last
+    arguments = scene, light.data_ptr(), SAMPLE[light.dtype], planes, preserve_lightness
     if backend == "cuda":
-        with _stream(L.device) as stream:
-            _backend.native("_cuda").render(
-                scene, light.data_ptr(), STORAGE[light.dtype], rgb.data_ptr(), _SAMPLE[dtype], channels_last,
-                preserve_lightness, stream,
-            )  # fmt: skip
-        return rgb
-    out = rgb if dtype in _SAMPLES or dtype == torch.float32 else rgb.float()
-    _backend.native("_cpu").render(
-        scene, light.data_ptr(), out.data_ptr(), _SAMPLES.get(dtype, 2), channels_last, preserve_lightness
-    )
-    return out.to(dtype)
+        with _backend.stream(L.device) as stream:
+            _backend.native("_cuda").render(*arguments, stream)
+    else:
+        _backend.native("_cpu").render(*arguments)
+    return rgb
 
 
 def _low(ab: Tensor, guide: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -109,7 +100,7 @@ def _launch_render_uv(
         planes.stride(2), planes.stride(0), u.data_ptr(), v.data_ptr(),
     )  # fmt: skip
     if backend == "cuda":
-        with _stream(luma.device) as stream:
+        with _backend.stream(luma.device) as stream:
             _backend.native("_cuda").render_uv(*arguments, stream)
     else:
         _backend.native("_cpu").render_uv(*arguments)
@@ -126,18 +117,11 @@ def _launch_luma_to_lightness(luma: Tensor, bits: int, full_range: bool) -> Tens
     L = luma.new_empty(luma.shape, dtype=torch.float32)
     arguments = samples.data_ptr(), bits > 8, table.data_ptr(), L.data_ptr(), L.numel()
     if backend == "cuda":
-        with _stream(luma.device) as stream:
+        with _backend.stream(luma.device) as stream:
             _backend.native("_cuda").look_up(*arguments, stream)
     else:
         _backend.native("_cpu").look_up(*arguments, torch.get_num_threads())
     return L
-
-
-@contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
-    """The current stream of a CUDA device, which is the current device inside."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream().cuda_stream
 
 
 def _triton():
@@ -249,7 +233,7 @@ def render(
     _check_planes(ab, guide, "L", L, sigma_light)
     if not L.is_floating_point():
         raise ValueError(f"L must be floating of shape [B, 1, H, W], got {L.dtype} {list(L.shape)}")
-    _check_dtype(dtype, (*_SAMPLES, *_FLOATS))
+    _check_dtype(dtype, (*_INTEGERS, *_FLOATS))
     if gamut not in _GAMUTS:
         raise ValueError(f"gamut must be one of {', '.join(_GAMUTS)}; got {gamut!r}")
     scale = _scale(scale, ab, L)

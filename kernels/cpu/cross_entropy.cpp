@@ -9,11 +9,6 @@
 #include "cpu/multiversion.h"
 #include "cpu/vectors.h"
 
-#if FC_HAS_MULTIVERSION
-#include <immintrin.h>
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of _mm512_undefined_ps in the header of GCC 12
-#endif
-
 namespace fastcolor::cpu {
 namespace {
 
@@ -56,9 +51,6 @@ namespace baseline {
 }  // namespace baseline
 
 #if FC_HAS_MULTIVERSION
-const Powers<8> powers_8;
-const Powers<32> powers_32;
-
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {

@@ -7,6 +7,7 @@
 #include "cpu/lab_kernels.h"
 #include "cpu/multiversion.h"
 #include "cpu/runs.h"
+#include "cpu/vectors.h"
 
 namespace fastcolor::cpu {
 namespace {
@@ -30,21 +31,30 @@ void load_bytes(const View<const uint8_t>& in, Run& run, int64_t n) {
 }
 
 namespace baseline {
+#define FC_LANES 4
+#include "cpu/simd_body.h"
 #include "cpu/lab_body.h"
+#undef FC_LANES
 }  // namespace baseline
 
 #if FC_HAS_MULTIVERSION
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
+#define FC_LANES 8
+#include "cpu/simd_body.h"
 #include "cpu/lab_body.h"
+#undef FC_LANES
 }  // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace avx512 {
+#define FC_LANES 16
+#include "cpu/simd_body.h"
 #include "cpu/lab_body.h"
+#undef FC_LANES
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -59,72 +69,56 @@ const LabKernels& lab_kernels() {
   return baseline::kKernels;
 }
 
-void rgb_to_lab(const void* rgb, Sample sample, bool rgb_interleaved, float* lab, bool lab_interleaved, int64_t images,
-                int64_t pixels, int threads) {
+void rgb_to_lab(const Channels& rgb, const Channels& lab, int64_t images, int64_t pixels, int threads) {
   const LabKernels& k = lab_kernels();
-  for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
+  for_each_run(images, pixels, threads, [&](int64_t image, int64_t start, int64_t n) {
     Run run;
-    switch (sample) {
-      case Sample::kUint8:
-        load_bytes(view(static_cast<const uint8_t*>(rgb), rgb_interleaved, image, pixels, start), run, n);
-        break;
-      case Sample::kUint16:
-        k.load_words(view(static_cast<const uint16_t*>(rgb), rgb_interleaved, image, pixels, start), run, n);
-        break;
-      case Sample::kFloat32:
-        k.load_floats(view(static_cast<const float*>(rgb), rgb_interleaved, image, pixels, start), run, n);
-        k.decode_srgb(run, n);
-        break;
+    if (rgb.sample == Sample::kUint8) {
+      load_bytes(view<const uint8_t>(rgb, image, pixels, start), run, n);
+    } else if (rgb.sample == Sample::kUint16) {
+      k.load_words(view<const uint16_t>(rgb, image, pixels, start), run, n);
+    } else {
+      load(k, rgb, image, pixels, start, run, n);
+      k.decode_srgb(run, n);
     }
     k.linear_run_to_lab(run, n);
-    k.store_floats(run, view(lab, lab_interleaved, image, pixels, start), n);
+    store(k, run, lab, image, pixels, start, n);
   });
 }
 
-void rgb_to_lab_backward(const float* grad_lab, bool grad_lab_interleaved, const float* rgb, bool rgb_interleaved,
-                         float* grad_rgb, bool grad_rgb_interleaved, int64_t images, int64_t pixels, int threads) {
-  const LabKernels& k = lab_kernels();
-  for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
-    Run c, grad;
-    k.load_floats(view(rgb, rgb_interleaved, image, pixels, start), c, n);
-    k.load_floats(view(grad_lab, grad_lab_interleaved, image, pixels, start), grad, n);
-    k.rgb_to_lab_gradient(c, grad, n);
-    k.store_floats(grad, view(grad_rgb, grad_rgb_interleaved, image, pixels, start), n);
-  });
-}
-
-void lab_to_rgb(const float* lab, bool lab_interleaved, void* rgb, Sample sample, bool rgb_interleaved,
-                bool preserve_lightness, int64_t images, int64_t pixels, int threads) {
-  const LabKernels& k = lab_kernels();
-  for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
-    Run run;
-    k.load_floats(view(lab, lab_interleaved, image, pixels, start), run, n);
-    preserve_lightness ? k.lab_run_to_linear_inside(run, n) : k.lab_run_to_linear(run, n);
-    k.encode_srgb(run, n);
-    switch (sample) {
-      case Sample::kUint8:
-        k.store_bytes(run, view(static_cast<uint8_t*>(rgb), rgb_interleaved, image, pixels, start), n);
-        break;
-      case Sample::kUint16:
-        k.store_words(run, view(static_cast<uint16_t*>(rgb), rgb_interleaved, image, pixels, start), n);
-        break;
-      case Sample::kFloat32:
-        k.store_floats(run, view(static_cast<float*>(rgb), rgb_interleaved, image, pixels, start), n);
-        break;
-    }
-  });
-}
-
-void lab_to_rgb_backward(const float* grad_rgb, bool grad_rgb_interleaved, const float* lab, bool lab_interleaved,
-                         float* grad_lab, bool grad_lab_interleaved, bool preserve_lightness, int64_t images,
+void rgb_to_lab_backward(const Channels& grad_lab, const Channels& rgb, const Channels& grad_rgb, int64_t images,
                          int64_t pixels, int threads) {
   const LabKernels& k = lab_kernels();
-  for_each_run(images, pixels, threads, [=, &k](int64_t image, int64_t start, int64_t n) {
+  for_each_run(images, pixels, threads, [&](int64_t image, int64_t start, int64_t n) {
     Run c, grad;
-    k.load_floats(view(lab, lab_interleaved, image, pixels, start), c, n);
-    k.load_floats(view(grad_rgb, grad_rgb_interleaved, image, pixels, start), grad, n);
+    load(k, rgb, image, pixels, start, c, n);
+    load(k, grad_lab, image, pixels, start, grad, n);
+    k.rgb_to_lab_gradient(c, grad, n);
+    store(k, grad, grad_rgb, image, pixels, start, n);
+  });
+}
+
+void lab_to_rgb(const Channels& lab, const Channels& rgb, bool preserve_lightness, int64_t images, int64_t pixels,
+                int threads) {
+  const LabKernels& k = lab_kernels();
+  for_each_run(images, pixels, threads, [&](int64_t image, int64_t start, int64_t n) {
+    Run run;
+    load(k, lab, image, pixels, start, run, n);
+    preserve_lightness ? k.lab_run_to_linear_inside(run, n) : k.lab_run_to_linear(run, n);
+    k.encode_srgb(run, n);
+    store(k, run, rgb, image, pixels, start, n);
+  });
+}
+
+void lab_to_rgb_backward(const Channels& grad_rgb, const Channels& lab, const Channels& grad_lab,
+                         bool preserve_lightness, int64_t images, int64_t pixels, int threads) {
+  const LabKernels& k = lab_kernels();
+  for_each_run(images, pixels, threads, [&](int64_t image, int64_t start, int64_t n) {
+    Run c, grad;
+    load(k, lab, image, pixels, start, c, n);
+    load(k, grad_rgb, image, pixels, start, grad, n);
     preserve_lightness ? k.preserve_gradient(c, grad, n) : k.clip_gradient(c, grad, n);
-    k.store_floats(grad, view(grad_lab, grad_lab_interleaved, image, pixels, start), n);
+    store(k, grad, grad_lab, image, pixels, start, n);
   });
 }
 
@@ -136,7 +130,7 @@ void gamut_scales(const float* lab, float* t, int64_t n) {
   const LabKernels& k = lab_kernels();
   for_each_run(1, n, 1, [=, &k](int64_t, int64_t start, int64_t m) {
     Run run;
-    k.load_floats(view(lab, false, 0, n, start), run, m);
+    k.load_floats({lab + start, n, 1}, run, m);
     k.gamut_scales(run, t + start, m);
   });
 }

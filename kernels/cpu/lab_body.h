@@ -1,5 +1,6 @@
 // What works on a run of pixels. No include guard: included once for each instruction set, inside a namespace and under
-// `#pragma GCC target`, so that its loops are vectorized for each. A .cpp file includes cpu/lab_kernels.h first.
+// `#pragma GCC target`, so that its loops are vectorized for each, after simd_body.h. A .cpp file includes
+// cpu/lab_kernels.h first.
 
 inline void load_words(const View<const uint16_t>& in, Run& run, int64_t n) {
   copy_in(in, run.c, n, [](uint16_t v) { return srgb_to_linear(float(v) * (1.0f / 65535.0f)); });
@@ -11,6 +12,48 @@ inline void load_floats(const View<const float>& in, Run& run, int64_t n) {
 
 inline void store_floats(const Run& run, const View<float>& out, int64_t n) {
   copy_out(run.c, out, n, [](float v) { return v; });
+}
+
+// n neighbouring samples of a 16-bit type to float32, and back.
+template <typename T>
+inline void widen(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  if (i < n) store_some(to + i, load_some(from + i, n - i, 0.0f), 0, n - i);
+}
+
+template <typename T>
+inline void narrow(const float* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  if (i < n) store_some(to + i, load_some(from + i, n - i, 0.0f), 0, n - i);
+}
+
+// Interleaved samples change their type in a row, and their order as float32.
+struct alignas(64) InOrder {
+  float samples[3 * kRun];
+};
+
+template <typename T>
+inline void load_halves(const View<const T>& in, Run& run, int64_t n) {
+  if (in.step == 1) {
+    for (int c = 0; c < 3; ++c) widen(in.at + c * in.plane, run.c[c], n);
+    return;
+  }
+  InOrder all;
+  widen(in.at, all.samples, 3 * n);
+  load_floats({all.samples, 1, 3}, run, n);
+}
+
+template <typename T>
+inline void store_halves(const Run& run, const View<T>& out, int64_t n) {
+  if (out.step == 1) {
+    for (int c = 0; c < 3; ++c) narrow(run.c[c], out.at + c * out.plane, n);
+    return;
+  }
+  InOrder all;
+  store_floats(run, {all.samples, 1, 3}, n);
+  narrow(all.samples, out.at, 3 * n);
 }
 
 inline void store_bytes(const Run& run, const View<uint8_t>& out, int64_t n) {
@@ -223,6 +266,8 @@ inline void power(const float* x, float p, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = fastcolor::power(x[i], p);
 }
 
-const LabKernels kKernels = {load_words, load_floats, store_floats, store_bytes, store_words, decode_srgb, encode_srgb,
-                          linear_run_to_lab, lab_run_to_linear, lab_run_to_linear_inside, rgb_to_lab_gradient, clip_gradient,
-                          preserve_gradient, gamut_scales, inverse_cbrt, power};
+const LabKernels kKernels = {
+    load_words, load_floats, load_halves<Float16>, load_halves<BFloat16>,
+    store_bytes, store_words, store_floats, store_halves<Float16>, store_halves<BFloat16>,
+    widen<Float16>, widen<BFloat16>, decode_srgb, encode_srgb, linear_run_to_lab, lab_run_to_linear,
+    lab_run_to_linear_inside, rgb_to_lab_gradient, clip_gradient, preserve_gradient, gamut_scales, inverse_cbrt, power};

@@ -130,6 +130,15 @@ void for_each_piece(const RenderProblem& p, Body body) {
   }
 }
 
+// n samples of a floating plane, from sample `at` on.
+void load_row(const LabKernels& k, const void* plane, Sample sample, int64_t at, float* out, int64_t n) {
+  switch (sample) {
+    case Sample::kFloat16: return k.widen_float16(static_cast<const Float16*>(plane) + at, out, n);
+    case Sample::kBFloat16: return k.widen_bfloat16(static_cast<const BFloat16*>(plane) + at, out, n);
+    default: std::copy_n(static_cast<const float*>(plane) + at, n, out);
+  }
+}
+
 // --- luma at the places of chroma ----------------------------------------------------------------------------------------
 
 // The samples about chroma sample k along one side, and their shares: on a sample, or between two; repeated at the border.
@@ -169,8 +178,7 @@ void luma_row(const RenderKernels& k, Mix mix, const YuvLayout& yuv, const T* lu
 
 }  // namespace
 
-void render(const RenderProblem& problem, const float* L, void* rgb, Sample sample, bool interleaved,
-            bool preserve_lightness) {
+void render(const RenderProblem& problem, const void* L, Sample light, const Channels& rgb, bool preserve_lightness) {
   const RenderKernels& k = kernels();
   const LabKernels& lab = lab_kernels();
   const int64_t pixels = problem.height * problem.width;
@@ -179,19 +187,11 @@ void render(const RenderProblem& problem, const float* L, void* rgb, Sample samp
     Run run;
     for (int64_t y = top; y < end; ++y) {
       const int64_t at = y * problem.width + start;
-      std::copy_n(L + image * pixels + at, n, run.c[0]);
+      load_row(lab, L, light, image * pixels + at, run.c[0], n);
       band.row(y, run.c[0], run.c[1], run.c[2]);
       preserve_lightness ? lab.lab_run_to_linear_inside(run, n) : lab.lab_run_to_linear(run, n);
       lab.encode_srgb(run, n);
-      switch (sample) {
-        case Sample::kUint8:
-          lab.store_bytes(run, view(static_cast<uint8_t*>(rgb), interleaved, image, pixels, at), n);
-          break;
-        case Sample::kUint16:
-          lab.store_words(run, view(static_cast<uint16_t*>(rgb), interleaved, image, pixels, at), n);
-          break;
-        default: lab.store_floats(run, view(static_cast<float*>(rgb), interleaved, image, pixels, at), n);
-      }
+      store(lab, run, rgb, image, pixels, at, n);
     }
   });
 }
@@ -206,11 +206,11 @@ void render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* l
     for (int64_t y = top; y < end; ++y) {
       const int64_t at = (image * problem.height + y) * problem.width + start;
       if (yuv.bits == 8) {
-        luma_row(k, k.mix_bytes, yuv, static_cast<const uint8_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
-                 wide, y_of);
+        luma_row(k, k.mix_bytes, yuv, static_cast<const uint8_t*>(luma) + image * image_step, row, luma_height,
+                 luma_width, y, start, n, wide, y_of);
       } else {
-        luma_row(k, k.mix_words, yuv, static_cast<const uint16_t*>(luma) + image * image_step, row, luma_height, luma_width, y, start, n,
-                 wide, y_of);
+        luma_row(k, k.mix_words, yuv, static_cast<const uint16_t*>(luma) + image * image_step, row, luma_height,
+                 luma_width, y, start, n, wide, y_of);
       }
       k.lightness_of(y_of, L, n);
       band.row(y, L, a, b);

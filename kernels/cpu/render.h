@@ -19,9 +19,8 @@ struct RenderProblem {
   int threads;
 };
 
-// L: [B, height, width]. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved; uint8, uint16 or float32.
-void render(const RenderProblem& problem, const float* L, void* rgb, Sample sample, bool interleaved,
-            bool preserve_lightness);
+// L: [B, height, width], floating. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved.
+void render(const RenderProblem& problem, const void* L, Sample light, const Channels& rgb, bool preserve_lightness);
 
 // luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples apart.
 // u, v: [B, height, width] of the same type. See reference/render.py: render_uv.

@@ -5,14 +5,8 @@
 FC_INLINE float exp2_of(float x) {
   const float y = x > -126.0f ? x : -126.0f;
   const float rounded = (y + 12582912.0f) - 12582912.0f;
-  const float f = y - rounded;
-  float e = 0.00132764516f;
-  e = e * f + 0.00967554117f;
-  e = e * f + 0.0555071334f;
-  e = e * f + 0.240221197f;
-  e = e * f + 0.693146967f;
-  e = e * f + 1.00000007f;
-  return x > -126.0f ? e * float_of((int32_t(rounded) + 127) << 23) : 0.0f;
+  const float e = exp2_of_fraction(y - rounded) * float_of((int32_t(rounded) + 127) << 23);
+  return x > -126.0f ? e : 0.0f;
 }
 
 // One low-resolution row, brought to the columns of a piece: its values left and right of each.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/lab_math.h"
+#include "common/storage.h"
 
 namespace fastcolor::cpu {
 
@@ -23,9 +24,9 @@ struct View {
 };
 
 template <typename T>
-View<T> view(T* base, bool interleaved, int64_t image, int64_t pixels, int64_t start) {
-  base += image * 3 * pixels;
-  return interleaved ? View<T>{base + 3 * start, 1, 3} : View<T>{base + start, pixels, 1};
+View<T> view(const Channels& c, int64_t image, int64_t pixels, int64_t start) {
+  T* base = static_cast<T*>(c.base) + image * 3 * pixels;
+  return c.interleaved ? View<T>{base + 3 * start, 1, 3} : View<T>{base + start, pixels, 1};
 }
 
 template <typename From, typename To, typename Convert>

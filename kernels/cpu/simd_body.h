@@ -166,14 +166,7 @@ FC_INLINE V exp2_of(V x) {
   const V magic = splat(12582912.0f + 127.0f);  // 1.5 · 2^23: what is added to it is rounded to an integer
   x = maximum(splat(-127.0f), x);
   const V z = x + magic;
-  const V f = x - (z - magic);
-  V e = splat(0.00132764516f);
-  e = e * f + 0.00967554117f;
-  e = e * f + 0.0555071334f;
-  e = e * f + 0.240221197f;
-  e = e * f + 0.693146967f;
-  e = e * f + 1.00000007f;
-  return e * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
+  return exp2_of_fraction(x - (z - magic)) * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
 }
 template <int P>
 FC_INLINE void exp2_of(V (&x)[P]) {

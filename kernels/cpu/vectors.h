@@ -5,6 +5,15 @@
 #include <cstring>
 #include <limits>
 
+#include "common/lab_math.h"
+#include "common/storage.h"
+#include "cpu/multiversion.h"
+
+#if FC_HAS_MULTIVERSION
+#include <immintrin.h>
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of _mm512_undefined_ps in the header of GCC 12
+#endif
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -28,6 +37,11 @@ struct Powers {
     }
   }
 };
+
+#if FC_HAS_MULTIVERSION
+const Powers<8> powers_8;
+const Powers<32> powers_32;
+#endif
 
 // Fresh memory costs a page fault every 4 KB, for a large result as much as the field itself: 60 ms for 160 MB. Huge
 // pages make that 15.

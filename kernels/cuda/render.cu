@@ -1,22 +1,12 @@
 #include "cuda/render.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-
 #include "common/render_math.h"
-#include "cuda/quads.h"
+#include "cuda/pixels.h"
 
 namespace fastcolor::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int64_t kMostBlocks = 4096;  // about four waves on the largest GPUs; blocks loop over what is left
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+constexpr int kTile = 128;  // pixels of a warp: four for each lane
 
 // --- chroma at full size ---------------------------------------------------------------------------------------------
 
@@ -79,8 +69,8 @@ struct Rows {
 
 // Where N neighbouring columns lie: four at once are aligned.
 __device__ void places_at(const Places& columns, int32_t x, Place (&places)[4]) {
-  const Quad<int32_t> at = get(columns.at + x);
-  const Quad<float> beyond = get(columns.beyond + x);
+  const Pack<int32_t, 4> at = get<4>(columns.at + x);
+  const Pack<float, 4> beyond = get<4>(columns.beyond + x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) places[i] = place_of(at.v[i], beyond.v[i]);
 }
@@ -132,132 +122,64 @@ __device__ Position position(int64_t i, int32_t width) {
   return {y, int32_t(i - int64_t(y) * width)};
 }
 
-// Calls tile(image, first pixel) for each run of kTile pixels of an image, a warp for each.
-template <typename Tile>
-__device__ void for_each_tile(int64_t images, int64_t pixels, Tile tile) {
-  const unsigned of_image = unsigned((pixels + kTile - 1) / kTile);
-  const int64_t all = images * of_image;
-  for (int64_t t = blockIdx.x * kWarps + threadIdx.x / 32; t < all; t += gridDim.x * kWarps) {
-    const unsigned image = unsigned(t) / of_image;
-    tile(int64_t(image), int64_t(unsigned(t) - image * of_image) * kTile);
-  }
-}
-
 // --- to RGB ----------------------------------------------------------------------------------------------------------
 
-// Lightness, of any type: which one is a branch that all threads take alike, cheaper than a kernel for each.
+// Lightness, of any floating type: see pixels.h, load.
 struct Light {
   const void* base;
-  Storage storage;
+  Sample sample;
 
-  template <typename T>
-  __device__ void read(int64_t i, float (&L)[4]) const {
-    const Quad<T> quad = get(static_cast<const T*>(base) + i);
+  template <typename T, int N>
+  __device__ void read(int64_t i, float (&L)[N]) const {
+    const T* from = static_cast<const T*>(base) + i;
+    if constexpr (N == 1) {
+      L[0] = to_float(*from);
+    } else {
+      const Pack<T, N> pack = get<N>(from);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) L[k] = to_float(quad.v[k]);
-  }
-  template <typename T>
-  __device__ void read(int64_t i, float (&L)[1]) const {
-    L[0] = to_float(static_cast<const T*>(base)[i]);
+      for (int k = 0; k < N; ++k) L[k] = to_float(pack.v[k]);
+    }
   }
   template <int N>
   __device__ void load(int64_t i, float (&L)[N]) const {
-    switch (storage) {
-      case Storage::kFloat32: return read<float>(i, L);
-      case Storage::kFloat16: return read<__half>(i, L);
-      case Storage::kBFloat16: return read<__nv_bfloat16>(i, L);
+    switch (sample) {
+      case Sample::kFloat16: return read<__half>(i, L);
+      case Sample::kBFloat16: return read<__nv_bfloat16>(i, L);
+      default: return read<float>(i, L);
     }
   }
 };
 
-__device__ void encode(float c, uint8_t& out) { out = to_level(c, 255.0f); }
-__device__ void encode(float c, uint16_t& out) { out = to_level(c, 65535.0f); }
-__device__ void encode(float c, float& out) { out = c; }
-__device__ void encode(float c, __half& out) { out = __float2half_rn(c); }
-__device__ void encode(float c, __nv_bfloat16& out) { out = __float2bfloat16_rn(c); }
-
-struct Target {
-  void* base;
-  Sample sample;
-  bool interleaved;
-
-  template <typename T>
-  __device__ void write_tile(int64_t image, int64_t pixels, int64_t start, Exchange& exchange,
-                             const Quad<float> (&rgb)[3]) const {
-    Quad<T> samples[3];
+template <int N, bool kPreserveLightness, typename T>
+__device__ void render_at(const Scene<T>& scene, const Light& light, const Channels& rgb, int64_t image, int64_t start,
+                          int64_t i, Exchange& exchange) {
+  const Position p = position(i, scene.width);
+  float L[N], a[N], b[N];
+  light.load(image * scene.pixels + i, L);
+  upsample(scene, image, p.y, p.x, L, a, b);
+  Planes<N> result;
 #pragma unroll
-    for (int i = 0; i < 12; ++i) encode(rgb[i / 4].v[i % 4], samples[i / 4].v[i % 4]);
-    store_quads(View<T>{static_cast<T*>(base), interleaved}, image, pixels, start, exchange, samples);
+  for (int k = 0; k < N; ++k) {
+    const Triple c = lab_to_srgb<kPreserveLightness>(L[k], a[k], b[k]);
+    result[0][k] = c.x, result[1][k] = c.y, result[2][k] = c.z;
   }
-  template <typename T>
-  __device__ void write_pixel(int64_t image, int64_t pixels, int64_t i, const Triple& rgb) const {
-    Pixel<T> p;
-    encode(rgb.x, p.x), encode(rgb.y, p.y), encode(rgb.z, p.z);
-    store_pixel(View<T>{static_cast<T*>(base), interleaved}, image, pixels, i, p);
-  }
-  __device__ void store_tile(int64_t image, int64_t pixels, int64_t start, Exchange& exchange,
-                             const Quad<float> (&rgb)[3]) const {
-    switch (sample) {
-      case Sample::kUint8: return write_tile<uint8_t>(image, pixels, start, exchange, rgb);
-      case Sample::kUint16: return write_tile<uint16_t>(image, pixels, start, exchange, rgb);
-      case Sample::kFloat32: return write_tile<float>(image, pixels, start, exchange, rgb);
-      case Sample::kFloat16: return write_tile<__half>(image, pixels, start, exchange, rgb);
-      case Sample::kBFloat16: return write_tile<__nv_bfloat16>(image, pixels, start, exchange, rgb);
-    }
-  }
-  __device__ void store(int64_t image, int64_t pixels, int64_t i, const Triple& rgb) const {
-    switch (sample) {
-      case Sample::kUint8: return write_pixel<uint8_t>(image, pixels, i, rgb);
-      case Sample::kUint16: return write_pixel<uint16_t>(image, pixels, i, rgb);
-      case Sample::kFloat32: return write_pixel<float>(image, pixels, i, rgb);
-      case Sample::kFloat16: return write_pixel<__half>(image, pixels, i, rgb);
-      case Sample::kBFloat16: return write_pixel<__nv_bfloat16>(image, pixels, i, rgb);
-    }
-  }
-};
-
-// R', G', B' in [0, 1]. Most warps have no colour outside sRGB, and go without the search for its place inside.
-template <bool kPreserveLightness>
-__device__ Triple to_rgb(float L, float a, float b) {
-  Triple c = lab_to_linear(L, a, b);
-  if (kPreserveLightness && !(gamut_excess(c) <= kGamutTolerance)) {
-    const float t = gamut_scale(L, a, b);
-    c = lab_to_linear(L, t * a, t * b);
-  }
-  return {linear_to_srgb(clip(c.x)), linear_to_srgb(clip(c.y)), linear_to_srgb(clip(c.z))};
+  store<true>(rgb, image, scene.pixels, start, exchange, result);
 }
 
 // `vectors`: all of memory is aligned to quads, and no quad reaches over the end of a row.
 template <typename T, bool kPreserveLightness>
 __global__ void __launch_bounds__(kThreads, kPreserveLightness ? 3 : 4)
-    render_pixels(Scene<T> scene, Light light, Target target, bool vectors) {
+    render_pixels(Scene<T> scene, Light light, Channels rgb, bool vectors) {
   __shared__ Exchange exchanges[kWarps];
   const int lane = threadIdx.x % 32;
   Exchange& exchange = exchanges[threadIdx.x / 32];
-  const int64_t pixels = scene.pixels;
-  for_each_tile(scene.images, pixels, [&](int64_t image, int64_t start) {
+  for_each_tile<4>(scene.images, scene.pixels, [&](int64_t image, int64_t start) {
     const int64_t end = start + kTile;
-    if (vectors && end <= pixels) {
-      const int64_t first = start + 4 * lane;
-      const Position p = position(first, scene.width);
-      float L[4], a[4], b[4];
-      light.load(image * pixels + first, L);
-      upsample(scene, image, p.y, p.x, L, a, b);
-      Quad<float> rgb[3];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Triple c = to_rgb<kPreserveLightness>(L[i], a[i], b[i]);
-        rgb[0].v[i] = c.x, rgb[1].v[i] = c.y, rgb[2].v[i] = c.z;
-      }
-      target.store_tile(image, pixels, start, exchange, rgb);
+    if (vectors && end <= scene.pixels) {
+      render_at<4, kPreserveLightness>(scene, light, rgb, image, start, start + 4 * lane, exchange);
     } else {
-      for (int64_t i = start + lane; i < end && i < pixels; i += 32) {
-        const Position p = position(i, scene.width);
-        float L[1], a[1], b[1];
-        light.load(image * pixels + i, L);
-        upsample(scene, image, p.y, p.x, L, a, b);
-        target.store(image, pixels, i, to_rgb<kPreserveLightness>(L[0], a[0], b[0]));
-      }
+      for (int64_t i = start + lane; i < end && i < scene.pixels; i += 32)
+        render_at<1, kPreserveLightness>(scene, light, rgb, image, i, i, exchange);
     }
   });
 }
@@ -316,11 +238,11 @@ struct Luma {
     for (int k = -down.before; k <= down.after; ++k) {
       const S* from = row_at(i, y, k) + across.step * x;
       const float share = down.share(k);
-      const Quad<S> first = get(from);
+      const Pack<S, 4> first = get<4>(from);
 #pragma unroll
       for (int m = 0; m < 4; ++m) sum[1 + m] += share * float(first.v[m]);
       if (across.step == 2) {
-        const Quad<S> second = get(from + 4);
+        const Pack<S, 4> second = get<4>(from + 4);
 #pragma unroll
         for (int m = 0; m < 4; ++m) sum[5 + m] += share * float(second.v[m]);
         if (across.before) sum[0] += share * float(from[x == 0 ? 0 : -1]);
@@ -329,8 +251,8 @@ struct Luma {
     const float before = across.before ? across.other : 0.0f;
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      const float luma = across.step == 1 ? sum[1 + m]
-                                          : before * sum[2 * m] + across.own * sum[2 * m + 1] + across.other * sum[2 * m + 2];
+      const float between = before * sum[2 * m] + across.own * sum[2 * m + 1] + across.other * sum[2 * m + 2];
+      const float luma = across.step == 1 ? sum[1 + m] : between;
       out[m] = (luma - black) * scale;
     }
   }
@@ -364,11 +286,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     render_chroma(Scene<T> scene, Luma<S> luma, UvJob job, S* u, S* v, bool vectors) {
   const int lane = threadIdx.x % 32;
   const int64_t pixels = scene.pixels;
-  for_each_tile(scene.images, pixels, [&](int64_t image, int64_t start) {
+  for_each_tile<4>(scene.images, pixels, [&](int64_t image, int64_t start) {
     if (vectors) {
       const int64_t i = start + 4 * lane;
       if (i >= pixels) return;  // whole quads: pixels is a multiple of four
-      Quad<S> us, vs;
+      Pack<S, 4> us, vs;
       chroma_at(scene, luma, job, image, i, us.v, vs.v);
       put_global(u + image * pixels + i, us);
       put_global(v + image * pixels + i, vs);
@@ -384,11 +306,11 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads)
     look_up_samples(const S* samples, const float* table, float* out, int64_t n, bool vectors) {
   const int lane = threadIdx.x % 32;
-  for_each_tile(1, n, [&](int64_t, int64_t start) {
+  for_each_tile<4>(1, n, [&](int64_t, int64_t start) {
     if (vectors && start + kTile <= n) {
       const int64_t i = start + 4 * lane;
-      const Quad<S> from = get(samples + i);
-      Quad<float> to;
+      const Pack<S, 4> from = get<4>(samples + i);
+      Pack<float, 4> to;
 #pragma unroll
       for (int k = 0; k < 4; ++k) to.v[k] = __ldg(table + from.v[k]);
       put_global(out + i, to);
@@ -400,25 +322,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-bool aligned(const void* at, size_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; }
-
 template <typename T>
 Scene<T> scene_of(const RenderProblem& p) {
   return {static_cast<const T*>(p.ab), static_cast<const T*>(p.guide), p.batch, p.height * p.width, int32_t(p.width),
           int32_t(p.low_height), int32_t(p.low_width), p.rows, p.columns, p.sharpness, p.floor};
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t images, int64_t pixels, cudaStream_t stream,
-                   Arguments... arguments) {
-  if (images == 0 || pixels == 0) return cudaSuccess;
-  const int64_t tiles = images * ((pixels + kTile - 1) / kTile);
-  if (tiles >> 32) return cudaErrorInvalidValue;  // more than any device has memory for
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min((tiles + kWarps - 1) / kWarps, kMostBlocks)));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Whether four neighbours of a result that is `width` wide are one access in it, and in the tables of columns.
@@ -426,15 +333,13 @@ bool in_quads(const RenderProblem& p) {
   return p.width % 4 == 0 && aligned(p.columns.at, 16) && aligned(p.columns.beyond, 16);
 }
 
-int64_t bytes_of(Sample sample) { return sample == Sample::kUint8 ? 1 : sample == Sample::kFloat32 ? 4 : 2; }
-
 template <typename T>
-cudaError_t render_of(const RenderProblem& p, const Light& light, const Target& target, bool preserve_lightness,
+cudaError_t render_of(const RenderProblem& p, const Light& light, const Channels& rgb, bool preserve_lightness,
                       cudaStream_t stream) {
-  const bool vectors = in_quads(p) && aligned(light.base, light.storage == Storage::kFloat32 ? 16 : 8) &&
-                       aligned(target.base, 4 * bytes_of(target.sample));
-  return launch(preserve_lightness ? render_pixels<T, true> : render_pixels<T, false>, p.batch, p.height * p.width,
-                stream, scene_of<T>(p), light, target, vectors);
+  const bool vectors = in_quads(p) && aligned(light.base, 4 * bytes_of(light.sample)) &&
+                       aligned(rgb.base, 4 * bytes_of(rgb.sample));
+  return launch<4>(preserve_lightness ? render_pixels<T, true> : render_pixels<T, false>, p.batch, p.height * p.width,
+                   stream, scene_of<T>(p), light, rgb, vectors);
 }
 
 template <typename S>
@@ -448,8 +353,8 @@ template <typename T, typename S>
 cudaError_t render_uv_of(const RenderProblem& p, const Luma<S>& luma, const UvJob& job, void* u, void* v,
                          cudaStream_t stream) {
   const bool vectors = in_quads(p) && aligned(u, 4 * sizeof(S)) && aligned(v, 4 * sizeof(S));
-  return launch(render_chroma<T, S>, p.batch, p.height * p.width, stream, scene_of<T>(p), luma, job,
-                static_cast<S*>(u), static_cast<S*>(v), vectors);
+  return launch<4>(render_chroma<T, S>, p.batch, p.height * p.width, stream, scene_of<T>(p), luma, job,
+                   static_cast<S*>(u), static_cast<S*>(v), vectors);
 }
 
 template <typename S>
@@ -466,19 +371,18 @@ cudaError_t render_uv_to(const RenderProblem& p, const Luma<S>& luma, const UvJo
 template <typename S>
 cudaError_t look_up_of(const void* samples, const float* table, float* out, int64_t n, cudaStream_t stream) {
   const bool vectors = aligned(samples, 4 * sizeof(S)) && aligned(out, 16);
-  return launch(look_up_samples<S>, 1, n, stream, static_cast<const S*>(samples), table, out, n, vectors);
+  return launch<4>(look_up_samples<S>, 1, n, stream, static_cast<const S*>(samples), table, out, n, vectors);
 }
 
 }  // namespace
 
-cudaError_t render(const RenderProblem& problem, const void* L, Storage light, void* rgb, Sample sample,
-                   bool interleaved, bool preserve_lightness, cudaStream_t stream) {
+cudaError_t render(const RenderProblem& problem, const void* L, Sample light, const Channels& rgb,
+                   bool preserve_lightness, cudaStream_t stream) {
   const Light from{L, light};
-  const Target to{rgb, sample, interleaved};
   switch (problem.storage) {
-    case Storage::kFloat32: return render_of<float>(problem, from, to, preserve_lightness, stream);
-    case Storage::kFloat16: return render_of<__half>(problem, from, to, preserve_lightness, stream);
-    case Storage::kBFloat16: return render_of<__nv_bfloat16>(problem, from, to, preserve_lightness, stream);
+    case Storage::kFloat32: return render_of<float>(problem, from, rgb, preserve_lightness, stream);
+    case Storage::kFloat16: return render_of<__half>(problem, from, rgb, preserve_lightness, stream);
+    case Storage::kBFloat16: return render_of<__nv_bfloat16>(problem, from, rgb, preserve_lightness, stream);
   }
   return cudaErrorInvalidValue;
 }

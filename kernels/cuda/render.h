@@ -21,9 +21,9 @@ struct RenderProblem {
   float floor;            // added to each weight
 };
 
-// L: [B, height, width]. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved.
-cudaError_t render(const RenderProblem& problem, const void* L, Storage light, void* rgb, Sample sample,
-                   bool interleaved, bool preserve_lightness, cudaStream_t stream);
+// L: [B, height, width], floating. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved.
+cudaError_t render(const RenderProblem& problem, const void* L, Sample light, const Channels& rgb,
+                   bool preserve_lightness, cudaStream_t stream);
 
 // luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples apart.
 // u, v: [B, height, width] of the same type. See reference/render.py: render_uv.

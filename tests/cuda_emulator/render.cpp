@@ -11,9 +11,8 @@ void set_seed(unsigned seed) {
   emulator::faults = 0;
 }
 
-int run_render(const RenderProblem* p, const void* L, int light, void* rgb, int sample, bool interleaved,
-               bool preserve_lightness) {
-  return render(*p, L, Storage(light), rgb, Sample(sample), interleaved, preserve_lightness, nullptr);
+int run_render(const RenderProblem* p, const void* L, int light, const Channels* rgb, bool preserve_lightness) {
+  return render(*p, L, Sample(light), *rgb, preserve_lightness, nullptr);
 }
 
 int run_render_uv(const RenderProblem* p, const YuvLayout* yuv, const void* luma, int64_t height, int64_t width,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -156,18 +158,75 @@ def test_integers(backend, dtype, channels_last):
     assert off.max() <= (0 if dtype == torch.uint8 else 1) and (off > 0).float().mean() <= 1e-3
 
 
+HALVES = [torch.float16, torch.bfloat16]
+CONVERSIONS = [("rgb_to_lab", {}), ("lab_to_rgb", {"gamut": "clip"}), ("lab_to_rgb", {"gamut": "preserve_lightness"})]
+
+
+def some_input(name, shape, dtype):
+    """For a conversion, of any type that it takes."""
+    if name == "rgb_to_lab" and not dtype.is_floating_point:
+        return torch.randint(0, reference.LEVELS[dtype] + 1, shape, dtype=torch.int32).to(dtype)
+    return (some_rgb if name == "rgb_to_lab" else some_lab)(shape, dtype)
+
+
 @every_simd
 @both
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision(backend, dtype):
-    """As exact as the type allows: arithmetic is float32, and only the result is rounded."""
-    rgb, lab = some_rgb((3, 16, 17), dtype), some_lab((3, 16, 17), dtype)
-    with fastcolor.use_backend(backend.name):
-        to_lab, to_rgb = fastcolor.rgb_to_lab(rgb), fastcolor.lab_to_rgb(lab)
-    assert to_lab.dtype == to_rgb.dtype == dtype
-    exact = reference.rgb_to_lab(rgb.double())
-    assert ((to_lab.double() - exact).abs() <= 1e-3 + exact.abs() * torch.finfo(dtype).eps).all()
-    assert largest_error(to_rgb, reference.lab_to_rgb(lab.double())) <= 1e-5 + torch.finfo(dtype).eps / 2
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ["planar", "interleaved", "strided"])
+def test_half_precision(backend, layout, dtype):
+    """As exact as eager PyTorch in the same type, whose arithmetic is float32 too."""
+    for shape, (name, options) in itertools.product(SHAPES, CONVERSIONS):
+        x = some_input(name, shape, dtype)
+        with fastcolor.use_backend(backend.name):
+            result = getattr(fastcolor, name)(in_order(x, layout), **options)
+        exact, eager = (getattr(reference, name)(y, **options) for y in (x.double(), x))
+        assert result.dtype == dtype
+        floor = 1e-3 if name == "rgb_to_lab" else 2e-4  # where eager errs by less by luck; the gamut's scale by 2^-16
+        assert largest_error(result, exact) <= max(2 * largest_error(eager, exact), floor)
+
+
+@every_simd
+@cpp
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_pair_of_types(channels_last):
+    """What is read is the number that is there, and what is written the float32 result, rounded."""
+    floats = [torch.float32, *HALVES]
+    integers = [torch.uint8, torch.uint16]
+    shape = (2, 7, 13, 3) if channels_last else (2, 3, 7, 13)
+    for name, options in CONVERSIONS:
+        convert = partial(getattr(fastcolor, name), channels_last=channels_last, **options)
+        sources, results = (integers, []) if name == "rgb_to_lab" else ([], integers)
+        for source in floats + sources:
+            planar = some_input(name, (2, 3, 7, 13), source)
+            x = planar.movedim(1, -1).contiguous() if channels_last else planar
+            assert x.shape == shape
+            wide = convert(x.float() if source in HALVES else x, dtype=torch.float32)
+            for dtype in floats:
+                assert torch.equal(convert(x, dtype=dtype), wide.to(dtype)), (name, source, dtype)
+            for dtype in results:
+                levels = convert(x.float(), dtype=dtype).int()
+                assert torch.equal(convert(x, dtype=dtype).int(), levels), (name, source, dtype)
+
+
+@every_simd
+@both
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_in_half_precision(backend, dtype):
+    """Those of float32, rounded: through inputs, results and gradients of 16 bits, in any order of memory."""
+    layouts = ["planar", "interleaved", "strided"]
+    for shape, layout, (name, options) in itertools.product([(3, 1, 1), (2, 3, 17, 19)], layouts, CONVERSIONS):
+        x = some_input(name, shape, dtype)
+        with fastcolor.use_backend(backend.name):
+            for result in (dtype, torch.float32):
+                convert = partial(getattr(fastcolor, name), dtype=result, **options)
+                upstream = torch.randn(shape).to(result)
+                half = in_order(x, layout).detach().requires_grad_()
+                wide = x.float().requires_grad_()
+                convert(half).backward(in_order(upstream, layout))
+                partial(convert, dtype=torch.float32)(wide).backward(upstream.float())
+                assert half.grad.dtype == dtype
+                off = (half.grad.double() - wide.grad.double()).abs()
+                assert (off <= torch.finfo(dtype).eps * wide.grad.double().abs() + 1e-6).all()
 
 
 @every_simd

@@ -5,15 +5,9 @@ test_yuv.py. What only a GPU can show is in test_render_gpu.py.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import zlib
-from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
-from helpers import Backend
+from emulator import CChannels, Emulator, build, in_place_of_cuda, needs_compiler
 from test_render import (  # noqa: F401, they are collected here too
     formats,
     test_chroma_planes_match_float64,
@@ -28,20 +22,7 @@ from test_render import (  # noqa: F401, they are collected here too
 )
 from test_yuv import test_opencv_decodes_our_planes, test_what_a_player_decodes  # noqa: F401
 
-import fastcolor
-from fastcolor.ops import _backend
-from fastcolor.ops import render as op
-
-TESTS = Path(__file__).parents[1]
-KERNELS = TESTS.parent / "kernels"
-COMPILER = shutil.which("g++")
-
-pytestmark = [
-    pytest.mark.skipif(
-        COMPILER is None or not KERNELS.exists(), reason="no g++, or the sources are not beside the tests"
-    ),
-    pytest.mark.usefixtures("backend"),
-]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("backend")]
 
 
 class CPlaces(ctypes.Structure):
@@ -69,22 +50,17 @@ class CYuv(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Emulator:
+class Render(Emulator):
     """What fastcolor._cuda has for the rendering."""
-
-    def __init__(self, library: Path, seed: int):
-        self.library = ctypes.CDLL(str(library))
-        self.library.set_seed(seed)
 
     def RenderProblem(self, *values) -> CProblem:
         *first, rows_at, rows_beyond, columns_at, columns_beyond, sharpness, floor = values
         return CProblem(*first, CPlaces(rows_at, rows_beyond), CPlaces(columns_at, columns_beyond), sharpness, floor)
 
-    def render(self, scene, L, light, rgb, sample, interleaved, preserve_lightness, stream) -> None:
-        assert self.library.run_render(
-            ctypes.byref(scene), ctypes.c_void_p(L), light, ctypes.c_void_p(rgb), sample, ctypes.c_bool(interleaved),
-            ctypes.c_bool(preserve_lightness),
-        ) == 0  # fmt: skip
+    def render(self, scene, L, light, rgb, preserve_lightness, stream) -> None:
+        planes = ctypes.byref(CChannels(*rgb))
+        arguments = ctypes.byref(scene), ctypes.c_void_p(L), light, planes, ctypes.c_bool(preserve_lightness)
+        assert self.library.run_render(*arguments) == 0
 
     def render_uv(self, scene, *values) -> None:
         *yuv, luma, height, width, row, image, u, v, stream = values
@@ -100,31 +76,13 @@ class Emulator:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    to = tmp_path_factory.mktemp("emulator") / "render.so"
-    # the processor would forgive an access that is not aligned, as a GPU does not
-    aligned = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command = [
-        COMPILER, *aligned,
-        "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-        f"-I{TESTS / 'cuda_emulator'}", f"-I{KERNELS}", *os.environ.get("FASTCOLOR_EMULATOR_FLAGS", "").split(),
-        str(TESTS / "cuda_emulator" / "render.cpp"), "-o", str(to),
-    ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    assert "warning" not in built.stderr, built.stderr
-    return to
+    return build("render", tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture
 def backend(request, library, monkeypatch):
-    """The backend "cuda", on CPU tensors."""
-    emulator, native = Emulator(library, zlib.crc32(request.node.name.encode())), _backend.native
-    monkeypatch.setattr(_backend, "native", lambda module: emulator if module == "_cuda" else native(module))
-    monkeypatch.setattr(_backend, "missing", lambda name: None)
-    monkeypatch.setattr(_backend, "runs_on", lambda name, device: None)
-    monkeypatch.setattr(op, "_stream", lambda device: nullcontext(0))
-    with fastcolor.use_backend("cuda"):
-        yield Backend("cuda", "cpu")
+    with in_place_of_cuda(Render(library, request.node.name), monkeypatch) as backend:
+        yield backend
 
 
 @pytest.fixture
