@@ -47,9 +47,9 @@ def evaluate(
 
     from fastcolor._files import atomic_path
     from fastcolor.cli.train import ProgressReporter
-    from fastcolor.evaluation.report import html
     from fastcolor.evaluation.compare import EvaluationError, load_models
     from fastcolor.evaluation.compare import evaluate as run
+    from fastcolor.evaluation.report import html
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
     from fastcolor.ops._backend import BackendError

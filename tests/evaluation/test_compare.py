@@ -11,8 +11,6 @@ import torch
 pyvips = pytest.importorskip("pyvips")
 
 from fastcolor.bins import ColorBins  # noqa: E402
-from fastcolor.evaluation.metrics import colorfulness, delta_e_2000, psnr, ssim  # noqa: E402
-from fastcolor.evaluation.report import html  # noqa: E402
 from fastcolor.evaluation.compare import (  # noqa: E402
     GREY,
     MEAN,
@@ -23,6 +21,8 @@ from fastcolor.evaluation.compare import (  # noqa: E402
     read_colors,
     short_names,
 )
+from fastcolor.evaluation.metrics import colorfulness, delta_e_2000, psnr, ssim  # noqa: E402
+from fastcolor.evaluation.report import html  # noqa: E402
 from fastcolor.model.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from fastcolor.model.colorizer import Colorizer, vividness_unary  # noqa: E402
 from fastcolor.model.network import ColorNetwork, NetworkConfig  # noqa: E402
