@@ -97,7 +97,8 @@ def train(
     from fastcolor.training import loop
     from fastcolor.training.data import DataError
     from fastcolor.training.distributed import is_lead
-    from fastcolor.training.loop import TrainingError
+    from fastcolor.training.plan import dry_run as plan
+    from fastcolor.training.state import TrainingError
 
     expected = (
         ConfigError, DataError, TrainingError, CheckpointError, DeviceError, BackendError, ImportError, OSError,
@@ -108,7 +109,7 @@ def train(
         try:
             config, data = _merged(config, context, options, data)
             if dry_run:
-                loop.dry_run(data, config, reporter)
+                plan(data, config, reporter)
                 return
             result = loop.train(data, config, reporter)
         except expected as error:

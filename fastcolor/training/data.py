@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -298,23 +299,25 @@ class EpochBatches(Sampler):
         """Of one step, in all processes: the last one of an epoch may have fewer."""
         return min(self.batch_size, self.order.count - step * self.batch_size)
 
-    def counts(self, step: int) -> list[int]:
-        """Images in each piece of one step that count, in this process. Every process has as many pieces."""
-        images = self.images(step)
-        own = len(range(self.rank, images, self.world))
-        pieces = min(self.pieces, -(-images // self.world))
-        return [len(part) for part in np.array_split(np.arange(own), pieces)]
+    def counts(self, step: int) -> list[float]:
+        """How many images each piece of one step stands for, in this process. Every process has as many pieces."""
+        return [len(part) * weight for part, weight in self._parts(range(self.images(step)))]
 
-    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
+    def _parts(self, whole: Sequence) -> list[tuple[Sequence, float]]:
+        """Pieces of one step for this process, and what one of their images counts."""
+        if len(whole) < self.world:  # nobody goes without: all take all of them
+            return [(whole, 1 / self.world)]
+        own = whole[self.rank :: self.world]
+        pieces = min(self.pieces, len(whole) // self.world)
+        ends = [len(own) * k // pieces for k in range(pieces + 1)]
+        return [(own[a:b], 1) for a, b in pairwise(ends)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         self.order.epoch, self.order.start = self.epoch, 0
         keys = list(self.order)
         for step in range(self.start, self.steps):
-            whole = keys[step * self.batch_size : (step + 1) * self.batch_size]
-            own, at = whole[self.rank :: self.world], 0
-            for count in self.counts(step):
-                # a process without a share still has to take part in the step: with an image that does not count
-                yield own[at : at + count] or [(None, whole[0][1])]
-                at += count
+            for part, _ in self._parts(keys[step * self.batch_size : (step + 1) * self.batch_size]):
+                yield part
 
     def __len__(self) -> int:
         return sum(len(self.counts(step)) for step in range(self.start, self.steps))

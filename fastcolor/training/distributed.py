@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,8 +94,13 @@ def team() -> Iterator[Team]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
         if joined:
+            # gloo's thread takes the GIL to let go of the last tensors; the end of the group waits for that thread and
+            # has the GIL: without a moment in between they wait for each other (seen in torch 2.13)
+            gc.collect()
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 

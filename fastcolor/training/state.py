@@ -16,7 +16,7 @@ import torch
 from fastcolor._files import atomic_path
 from fastcolor._version import __version__
 
-STATE, HISTORY, CONFIG, RECORD = "state.pt", "history.jsonl", "config.json", "run.json"
+STATE, HISTORY, CONFIG, RECORD, LEFT_OUT = "state.pt", "history.jsonl", "config.json", "run.json", "left_out.txt"
 _NAMES = {"config", "data", "network", "optimizer", "prior", "progress", "random"}  # younger ones may be missing
 
 
