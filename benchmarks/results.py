@@ -165,7 +165,9 @@ def significant(value: float) -> str:
     """Two digits, and three from a hundred: more is never claimed."""
     if value >= 100:
         return f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:.1f}" if 9.95 > value >= 0.995 else f"{value:.2g}" if value < 0.995 else f"{value:.0f}"
+    if value < 0.095:
+        return f"{value:.2g}"
+    return f"{value:.2f}" if value < 0.995 else f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def ratio(runs: list[Run], title: str, ours: str, peer: str) -> Span | None:

@@ -47,9 +47,9 @@ def evaluate(
 
     from fastcolor._files import atomic_path
     from fastcolor.cli.train import ProgressReporter
+    from fastcolor.evaluation.compare import EvaluationError, load_models
+    from fastcolor.evaluation.compare import evaluate as run
     from fastcolor.evaluation.report import html
-    from fastcolor.evaluation.run import EvaluationError, load_models
-    from fastcolor.evaluation.run import evaluate as run
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
     from fastcolor.ops._backend import BackendError
@@ -109,7 +109,7 @@ def _show(record: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastcolor.evaluation.run import GREY
+    from fastcolor.evaluation.compare import GREY
 
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else form.format(value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 330
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 14, 44
 
 
 @dataclass

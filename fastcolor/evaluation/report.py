@@ -6,7 +6,7 @@ import base64
 from html import escape
 
 from fastcolor.evaluation.chart import Line, line_chart
-from fastcolor.evaluation.run import GREY, MEAN, Evaluation, Shown
+from fastcolor.evaluation.compare import GREY, MEAN, Evaluation, Shown
 
 _COLORS = 6  # of models' lines
 
@@ -34,13 +34,12 @@ svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); 
 .c5 { color: var(--c5) } .ck { color: var(--text) } .cs { color: var(--soft) }
 .legend { list-style: none; margin: 4px 0 6px 52px; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13px }
 .legend li { display: flex; align-items: center; gap: 7px } .legend svg { width: 22px; height: 8px; flex: none }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 22px 24px }
-.sheet.wide { grid-template-columns: 1fr }
+.sheet { columns: 480px 2; column-gap: 24px } .sheet figure { break-inside: avoid; margin-bottom: 20px } .sheet.wide { columns: 1 }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 4px } .row img { width: 100%; display: block; border-radius: 3px }
 .row span { font-size: 12px; color: var(--soft); display: block; margin-top: 2px } .sheet figcaption { font-size: 12px; overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 0; font-size: 14px } dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere } details { margin-top: 10px } summary { cursor: pointer }
-@media (max-width: 620px) { .sheet, .charts { grid-template-columns: 1fr } }
+@media (max-width: 620px) { .charts { grid-template-columns: 1fr } }
 """  # noqa: E501
 
 
@@ -49,6 +48,7 @@ def html(evaluation: Evaluation) -> str:
     record = evaluation.record
     protocol = record["protocol"]
     names = ", ".join(m["name"] for m in protocol["models"])
+    without = "" if any(r["field"] for r in evaluation.rows) else "; colours without the mean field"
     short = protocol["short_side"]
     sides = f"{short['least']}" if short["least"] == short["most"] else f"{short['least']} to {short['most']}"
     parts = [
@@ -57,11 +57,12 @@ def html(evaluation: Evaluation) -> str:
         f"<title>fastcolor eval: {escape(names)}</title><style>{_STYLE}</style>",
         f"<h1>{escape(names)}</h1>",
         f"<p class=soft>{protocol['pictures']} pictures of {escape(protocol['data'])}, short side {sides} pixels, "
-        f"8 bits, whole; {protocol['date']}, fastcolor {protocol['versions']['fastcolor']}</p>",
+        f"8 bits, whole{without}; {protocol['date']}, fastcolor {protocol['versions']['fastcolor']}</p>",
         _table(evaluation),
         "<p class=soft>A greyer picture has the better PSNR, so no figure stands for itself: compare rows of like "
         "colourfulness, and each with grey. ± is the standard error over pictures; cross-entropy (nats) and "
-        "calibration error (ECE) are of the network before the field, that of the oracle the least possible. "
+        "calibration error (ECE) are of the network, before the field; the oracle's cross-entropy is the least "
+        "possible. "
         "LPIPS and FID: not computed, no weights at hand.</p>",
         "<h2>Curves</h2><div class=charts>",
         _psnr_curve(evaluation),
@@ -71,7 +72,7 @@ def html(evaluation: Evaluation) -> str:
         "</div>",
     ]
     for title, text, shown in (
-        ("Drawn by chance", "Neither the best nor the worst: what to expect.", evaluation.chance),
+        ("Drawn by chance", "What to expect.", evaluation.chance),
         ("Best by PSNR", "Of the first model.", evaluation.best),
         ("Worst by PSNR", "Of the first model. What lightness does not tell is not guessed.", evaluation.worst),
     ):
@@ -97,7 +98,7 @@ def _table(evaluation: Evaluation) -> str:
     lines = []
     shown = [id(r) for r in _shown_rows(evaluation)]
     for r in evaluation.rows:
-        gain = f"{r['psnr_gain']:+.2f}"
+        gain = f"{r['psnr_gain']:+.2f}".replace("-", "−")
         if r["psnr_gain_error"] is not None:
             gain += f" <small>± {r['psnr_gain_error']:.2f}</small>"
         cells = (
@@ -139,7 +140,7 @@ def _psnr_curve(evaluation: Evaluation) -> str:
     for row in evaluation.rows:
         if row["name"] in (GREY, MEAN):
             lines.append(Line(row["name"], [(row["colorfulness_ratio"] or 0.0, row["psnr"])],
-                              "k" if row["name"] == GREY else "s", marks=[row["name"].split(" (")[0]]))  # fmt: skip
+                              "k" if row["name"] == GREY else "s", marks=[""]))  # fmt: skip
     svg = line_chart(lines, "colourfulness, share of the truth's", "PSNR, dB", percent=(True, False))
     return _figure(svg, "PSNR over colourfulness.", "Numbers are the vividness. Up and to the right is better.")
 

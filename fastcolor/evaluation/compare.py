@@ -190,7 +190,7 @@ class Row:
 class Truth:
     """One picture, and what every row needs of it."""
 
-    path: str
+    name: str
     rgb: Tensor  # [3, H, W] uint8
     lab: Tensor  # [3, H, W] float32
     balance: Tensor | None = None  # [H, W]
@@ -290,7 +290,7 @@ class Gallery:
             return
         captions = ["grey", *(name for name, _ in colored), "truth"]
         pictures = [_jpeg(rgb) for rgb in (grey, *(rgb for _, rgb in colored), truth.rgb)]
-        shown = Shown(truth.path, captions, pictures, values)
+        shown = Shown(truth.name, captions, pictures, values)
         # the number keeps heaps from comparing pictures
         for wanted, heap, key in ((good, self.best, score), (bad, self.worst, -score)):
             if wanted:
@@ -353,8 +353,8 @@ class Comparison:
 
     @torch.inference_mode()
     def add(self, batch: list[tuple[int, str, np.ndarray]]) -> None:
-        """Pictures (number, path, [H, W, 3] uint8) of one key."""
-        truths = [self._truth(path, pixels) for _, path, pixels in batch]
+        """Pictures (number, name, [H, W, 3] uint8) of one key."""
+        truths = [self._truth(name, pixels) for _, name, pixels in batch]
         greys = [_with_color(t, t.lab.new_zeros(2)) for t in truths]
         for grey, truth in zip(greys, truths, strict=True):
             self.true_color.append(colorfulness(truth.rgb).item())
@@ -368,10 +368,10 @@ class Comparison:
                 colored = [(m.name, pictures[i]) for m, pictures in zip(self.models, shown, strict=True)]
                 self.gallery.add(number, truths[i], greys[i], colored)
 
-    def _truth(self, path: str, pixels: np.ndarray) -> Truth:
+    def _truth(self, name: str, pixels: np.ndarray) -> Truth:
         device = self.models[0].colorizer.device
         rgb = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous().to(device)
-        truth = Truth(path, rgb, rgb_to_lab(rgb, dtype=torch.float32))
+        truth = Truth(name, rgb, rgb_to_lab(rgb, dtype=torch.float32))
         if self.balance is not None:
             truth.balance = balance_weights(truth.lab[1:], self.balance[1], self.balance[0])
             truth.balance_sum = truth.balance.sum().item()
@@ -492,8 +492,13 @@ def evaluate(
     files = files[:limit]
     problems, sizes = Problems(), []
 
+    def name_of(path: str) -> str:
+        """Without the folder, and without its place in a tar file or a pack."""
+        name = path.rsplit("!", 1)[-1] if "!" in path else path
+        return str(Path(name).relative_to(data)) if Path(name).is_relative_to(data) else name
+
     def left_out(path: str, why: str) -> None:
-        problems.add(path, why)
+        problems.add(name_of(path), why)
         say(f"left out: {why if path in why else f'{path}: {why}'}")
         advance()
 
@@ -513,7 +518,7 @@ def evaluate(
         pixels_hash.update(np.ascontiguousarray(pixels).data)
         sizes.append(pixels.shape[:2])
         key = comparison.key(*pixels.shape[:2])
-        waiting.setdefault(key, []).append((number, path, pixels))
+        waiting.setdefault(key, []).append((number, name_of(path), pixels))
         if len(waiting[key]) >= batch_size:
             flush(key)
         elif sum(map(len, waiting.values())) >= 4 * batch_size:  # a folder of many sizes must not fill the memory
