@@ -2,11 +2,13 @@
 # On a machine with a GPU and no network: builds the CUDA part, runs the GPU tests and the GPU benchmarks, writes JSON
 # files and prints their tables last. Every step goes on if another fails; the exit code tells.
 #
-#   benchmarks/gpu.sh [--dry-run] [--no-build] [FOLDER]
+#   benchmarks/gpu.sh [--dry-run] [--no-build] [--seconds N] [--suites "NAME ..."] [FOLDER]
 #
-#   FOLDER      where the JSON files go; benchmarks/results/<version> if left out
-#   --dry-run   the same on the CPU, with tiny sizes and without CUDA
-#   --no-build  takes the fastcolor that is installed
+#   FOLDER       where the JSON files go; benchmarks/results/<version> if left out
+#   --dry-run    the same on the CPU, with tiny sizes and without CUDA
+#   --no-build   takes the fastcolor that is installed
+#   --seconds N  after which nothing new is begun, and what runs is stopped; 540 if left out
+#   --suites S   these benchmarks alone, of `python -m benchmarks --list`
 #
 # PYTHON names the interpreter (python3). It needs torch, triton, numpy, safetensors, pytest, pybind11, scikit-build-core,
 # cmake and ninja; peers that are missing are named in the results.
@@ -14,10 +16,14 @@ set -u
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-device=cuda cuda=ON build=yes folder=
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
+device=cuda cuda=ON build=yes folder= limit=540 suites= awaiting=
 benchmark_options=()
 for argument in "$@"; do
+  if [ -n "$awaiting" ]; then printf -v "$awaiting" %s "$argument"; awaiting=; continue; fi
   case $argument in
+    --seconds) awaiting=limit ;;
+    --suites) awaiting=suites ;;
     --dry-run) device=cpu cuda=OFF benchmark_options=(--quick --size 96x64) ;;
     --no-build) build=no ;;
     -*) sed -n '2,/^$/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
@@ -36,6 +42,11 @@ failed=0 summary=()
 step() {  # NAME COMMAND...: runs it, remembers how it went
   local name=$1 begin=$SECONDS
   shift
+  if [ "$SECONDS" -ge "$limit" ]; then
+    failed=1
+    summary+=("LEFT OUT  $name, after $limit s")
+    return 0
+  fi
   echo "== $name"
   if "$@"; then
     summary+=("passed  $name, $((SECONDS - begin)) s")
@@ -109,15 +120,21 @@ PYTHON
 }
 step "backends are there" backends
 step "pytest -m gpu" gpu_tests
-for file in $(grep -l 'timing.parser(' benchmarks/ops/*.py); do  # those that have a GPU side
-  name=$(basename "$file" .py)
-  step "benchmark $name" "$python" -m "benchmarks.ops.$name" --device "$device" --json "$folder" --commit "$commit" \
-    ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 || tail -n 20 "$scratch/$name.log"
-done
+# One after the other, each with what time is left, and at most 150 s: what it has measured is written as it ends.
+within() {  # COMMAND...
+  local left=$((limit - SECONDS)) stop=()
+  command -v timeout > /dev/null && stop=(timeout $((left < 150 ? left : 150)))
+  ${stop[@]+"${stop[@]}"} "$@"
+}
+while read -r name module; do
+  case " ${suites:-$name} " in *" $name "*) ;; *) continue ;; esac
+  step "benchmark $name" within "$python" -m "$module" --device "$device" --json "$folder" --commit "$commit" \
+    ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 < /dev/null || tail -n 20 "$scratch/$name.log"
+done < <("$python" -m benchmarks --names)
 # Memory, and the barriers and shared memory of kernels, on a few small tests of the CUDA C++ backend. Without torch's
 # cache of memory, whose blocks are larger than the tensors in them.
 sanitize() {  # TOOL
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
     -p no:cacheprovider tests/ops/test_mean_field_gpu.py \
     -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic))"
 }

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import fastcolor
 from fastcolor.imaging.files import Picture, read_picture, write_picture
+from fastcolor.imaging.vips import libvips
 from fastcolor.model.colorizer import BUNDLED, Colorizer
 from fastcolor.model.network import pool_to
 from fastcolor.ops.mean_field import mean_field_annealed
@@ -41,8 +43,8 @@ CHECKED = 1 << 20  # pixels up to which it is compared: the reference takes a se
 STAGES = ("decode", "lightness", "shrink", "network", "field", "render", "encode")
 
 
-def staged(source: Path, target: Path, colorizer: Colorizer) -> dict[str, float]:
-    """What `Colorizer` does for one file, step by step: seconds of each of STAGES."""
+def staged(codec: Codec, colorizer: Colorizer) -> dict[str, float]:
+    """What `Colorizer` does for one picture, step by step: seconds of each of STAGES."""
     took, device = {}, colorizer.device
 
     def stage(name: str, function: Callable):
@@ -53,7 +55,7 @@ def staged(source: Path, target: Path, colorizer: Colorizer) -> dict[str, float]
         took[name] = time.perf_counter() - start
         return result
 
-    picture = stage("decode", lambda: read_picture(source))
+    picture = stage("decode", codec.read)
     pixels = torch.from_numpy(picture.pages[0]).permute(2, 0, 1)
     L = stage("lightness", lambda: lightness(pixels, device))
     size = colorizer.network_size(*L.shape[-2:])
@@ -62,7 +64,7 @@ def staged(source: Path, target: Path, colorizer: Colorizer) -> dict[str, float]
     guide = pool_to(small, colorizer.network.stride)
     ab = stage("field", lambda: colors(output, guide, colorizer))
     rgb = stage("render", lambda: rendered(ab, guide, L, size, colorizer))
-    stage("encode", lambda: write_picture(target, picture, [rgb]))
+    stage("encode", lambda: codec.write(picture, rgb))
     return took
 
 
@@ -82,34 +84,65 @@ def rendered(ab: Tensor, guide: Tensor, L: Tensor, size: tuple[int, int], colori
     return fastcolor.render(ab, guide, L, scale=scale, dtype=torch.uint8, channels_last=True)[0].cpu().numpy()
 
 
-def ours(source: Path, target: Path, colorizer: Colorizer) -> Callable[[int], object]:
+@dataclass(frozen=True)
+class Codec:
+    """Where a picture comes from and goes to: a JPEG file, or memory where libvips is missing."""
+
+    name: str
+    read: Callable[[], Picture]
+    write: Callable[[Picture, np.ndarray], None]
+    result: Callable[[], np.ndarray]  # what was written last, [H, W, 3]
+
+
+def jpeg(folder: Path, rgb: np.ndarray) -> Codec:
+    source, target = folder / "source.jpg", folder / "coloured.jpg"
+    write_picture(source, Picture(source, [rgb], [None]), [rgb])
+    return Codec(
+        "JPEG to JPEG",
+        lambda: read_picture(source),
+        lambda picture, page: write_picture(target, picture, [page]),
+        lambda: read_picture(target).pages[0],
+    )
+
+
+def memory(rgb: np.ndarray) -> Codec:
+    kept = [rgb]  # one picture at a time
+    picture = Picture(Path("memory"), [rgb], [None])
+    return Codec("array to array", lambda: picture, lambda _, page: kept.__setitem__(0, page), lambda: kept[0])
+
+
+def ours(codec: Codec, colorizer: Colorizer) -> Callable[[int], object]:
     def run(i: int) -> None:
-        picture = read_picture(source)
-        write_picture(target, picture, colorizer.colorize_batch(picture.pages))
+        picture = codec.read()
+        codec.write(picture, colorizer.colorize_batch(picture.pages)[0])
 
     return run
 
 
-def notebook(source: Path, target: Path, predict: Callable[[Tensor], Tensor], size: tuple[int, int]):
+def notebook(codec: Codec, predict: Callable[[Tensor], Tensor], size: tuple[int, int]):
     """`predict`: L [1, 1, h, w] -> ab at any size."""
     from skimage.color import lab2rgb, rgb2lab
 
     def run(i: int) -> None:
-        picture = read_picture(source)
+        picture = codec.read()
         L = rgb2lab(picture.pages[0])[..., :1]
         light = torch.from_numpy(L[..., 0])[None, None].float()
         ab = predict(F.interpolate(light, size, mode="bilinear", antialias=True))
         full = F.interpolate(ab.cpu(), L.shape[:2], mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
         rgb = lab2rgb(np.concatenate((L, full.double().numpy()), 2))
-        write_picture(target, picture, [(rgb * 255 + 0.5).astype(np.uint8)])
+        codec.write(picture, (rgb * 255 + 0.5).astype(np.uint8))
 
     return run
 
 
 def benchmark(width: int, height: int, colorizer: Colorizer, other: Eccv16, folder: Path, options) -> list[dict]:
-    source, target = folder / f"{width}x{height}.jpg", folder / "coloured.jpg"
     rgb = photograph(width, height).movedim(0, -1).contiguous().numpy()
-    write_picture(source, Picture(source, [rgb], [None]), [rgb])
+    try:
+        libvips()
+        codec = jpeg(folder, rgb)
+    except ImportError as error:
+        print(f"files are left out: {error}")
+        codec = memory(rgb)
     size, device = colorizer.network_size(height, width), colorizer.device
 
     def with_our_network(L: Tensor) -> Tensor:
@@ -121,9 +154,9 @@ def benchmark(width: int, height: int, colorizer: Colorizer, other: Eccv16, fold
         return other(L.to(device))
 
     builders = {
-        "fastcolor": lambda: ours(source, target, colorizer),
-        "notebook pipeline, our network": lambda: notebook(source, target, with_our_network, size),
-        "notebook pipeline, eccv16-shaped": lambda: notebook(source, target, with_the_other, (SQUARE, SQUARE)),
+        "fastcolor": lambda: ours(codec, colorizer),
+        "notebook pipeline, our network": lambda: notebook(codec, with_our_network, size),
+        "notebook pipeline, eccv16-shaped": lambda: notebook(codec, with_the_other, (SQUARE, SQUARE)),
     }
     candidates, peaks = [], {}
     for name, build in builders.items():
@@ -143,7 +176,7 @@ def benchmark(width: int, height: int, colorizer: Colorizer, other: Eccv16, fold
         peaks[name] = timing.peak_memory(lambda run=run: run(0))
     # the wall clock on any device: files are read and written on the CPU
     times = timing.measure([c for c in candidates if c.run], "cpu", rounds=3 if options.quick else 9)
-    title = f"image, {width}×{height}, JPEG to JPEG; error in 8-bit levels against the reference backend"
+    title = f"image, {width}×{height}, {codec.name}; error in 8-bit levels against the reference backend"
     context = {"op": "image", "size": f"{width}x{height}", "title": title, "oracle": "our reference backend"}
     context["error_unit"] = "levels, but for 1 sample in 1,000"
     arithmetic = operations(width, height, size, colorizer)
@@ -158,7 +191,7 @@ def benchmark(width: int, height: int, colorizer: Colorizer, other: Eccv16, fold
         rows.append(row)
     rows = timing.compare(rows)
     timing.show(rows, title)
-    return rows + stages(source, target, colorizer, options)
+    return rows + stages(codec, width, height, colorizer, options)
 
 
 def synchronized(run: Callable[[int], object], device: torch.device) -> Callable[[int], object]:
@@ -191,19 +224,18 @@ def check(rgb: np.ndarray, colorizer: Colorizer) -> float:
     return float(np.quantile(np.abs(fast - exact), 1 - EXCEPTIONS))
 
 
-def stages(source: Path, target: Path, colorizer: Colorizer, options) -> list[dict]:
+def stages(codec: Codec, width: int, height: int, colorizer: Colorizer, options) -> list[dict]:
     """One row for each stage. That they give the picture that the colorizer gives is checked first."""
-    width, height = (int(n) for n in source.stem.split("x"))
     title = f"image, {width}×{height}, stages"
     context = {"op": "image", "size": f"{width}x{height}", "title": title}
-    staged(source, target, colorizer)
-    mine = read_picture(target).pages[0].astype(int)
-    ours(source, target, colorizer)(0)
-    error = float(np.abs(mine - read_picture(target).pages[0]).max())
+    staged(codec, colorizer)
+    mine = codec.result().astype(int)
+    ours(codec, colorizer)(0)
+    error = float(np.abs(mine - codec.result()).max())
     if error > LEVEL_BOUND:
         why = f"off by {error:.2g} levels from the colorizer, more than {LEVEL_BOUND}"
         return [timing.row(Candidate(n, None, why, True), None, 0, **context) for n in STAGES]
-    rounds = [staged(source, target, colorizer) for _ in range(3 if options.quick else 9)]
+    rounds = [staged(codec, colorizer) for _ in range(3 if options.quick else 9)]
     times = {name: timing.summary([took[name] for took in rounds]) for name in STAGES}
     total = statistics.median(sum(took.values()) for took in rounds)
     rows = []

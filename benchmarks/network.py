@@ -37,6 +37,7 @@ LAYOUTS = {"channels_last": torch.channels_last, "planes": torch.contiguous_form
 class Peer:
     name: str
     operations: int
+    moved: int  # bytes that have to be: weights, lightness, logits
     build: Callable[[], Callable[[int], Tensor]]
     dtype: torch.dtype
     ours: bool
@@ -79,21 +80,24 @@ def name_of(dtype: torch.dtype) -> str:
 def peers(mine: ColorNetwork, other: Eccv16 | None, L: Tensor, device: str, quick: bool) -> Iterator[Peer]:
     own_work = flops(mine, L)
     other_work = flops(other, L[:1]) * len(L) if other else 0
+    logits = len(L) * mine.config.bins.count * L[0].numel() // mine.stride**2
     for dtype in (torch.float32, torch.bfloat16):
-        kind = name_of(dtype)
+        kind, item = name_of(dtype), dtype.itemsize
+        moved = item * (count_parameters(mine) + L.numel() + logits)
         for order, layout in LAYOUTS.items():
             if order == "channels_last" or not quick:
                 build = called(mine, L, dtype, layout, device)
-                yield Peer(f"fastcolor, {kind}, {order}", own_work, build, dtype, True)
+                yield Peer(f"fastcolor, {kind}, {order}", own_work, moved, build, dtype, True)
         if not quick:
             build = called(mine, L, dtype, torch.channels_last, device, compile=True)
-            yield Peer(f"fastcolor, {kind}, torch.compile", own_work, build, dtype, True)
+            yield Peer(f"fastcolor, {kind}, torch.compile", own_work, moved, build, dtype, True)
         if other:
-            logits = _Logits(other)
+            more = item * (count_parameters(other) - count_parameters(mine))
+            network = _Logits(other)
             for order, layout in LAYOUTS.items():
                 if order == "channels_last" or not quick:
-                    build = called(logits, L, dtype, layout, device)
-                    yield Peer(f"eccv16-shaped, {kind}, {order}", other_work, build, dtype, False)
+                    build = called(network, L, dtype, layout, device)
+                    yield Peer(f"eccv16-shaped, {kind}, {order}", other_work, moved + more, build, dtype, False)
 
 
 class _Logits(nn.Module):
@@ -113,7 +117,7 @@ def benchmark(batch: int, width: int, height: int, mine: ColorNetwork, other: Ec
     coarse = torch.rand(batch, 1, max(2, height // 16), max(2, width // 16), generator=generator) * 100
     L = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
     exact = copy.deepcopy(mine).double()(L[:1].double())
-    candidates, operations, kinds, peaks = [], {}, {}, {}
+    candidates, operations, moved, kinds, peaks = [], {}, {}, {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         candidate, count = product(dtype, options.device, 512 if options.quick else SIDE[options.device])
         candidates.append(candidate)
@@ -122,6 +126,7 @@ def benchmark(batch: int, width: int, height: int, mine: ColorNetwork, other: Ec
         candidate = Candidate(peer.name, None, ours=peer.ours)
         candidates.append(candidate)
         operations[peer.name], kinds[peer.name] = peer.operations, name_of(peer.dtype)
+        moved[peer.name] = peer.moved
         try:
             run = peer.build()
             result = run(0)
@@ -143,7 +148,9 @@ def benchmark(batch: int, width: int, height: int, mine: ColorNetwork, other: Ec
     context = {"op": "network", "size": f"{width}x{height}", "batch": batch, "title": title, "oracle": "float64"}
     rows = []
     for c in candidates:
-        row = timing.row(c, times.get(c.name), 0, operations[c.name], arithmetic=kinds[c.name], **context)
+        row = timing.row(
+            c, times.get(c.name), moved.get(c.name, 0), operations[c.name], arithmetic=kinds[c.name], **context
+        )
         if c.name in peaks and c.name in times:
             row["images_per_s"] = round(batch / times[c.name].median, 2)
             row["note"] = f"{row['images_per_s']:,.1f} images/s"

@@ -1,4 +1,4 @@
-"""The plots of the performance page, from results files alone: roofline, growth of costs, shares of a picture's time."""
+"""The plots of the performance page, from results files alone: roofline, growth of costs, shares of a picture."""
 
 from __future__ import annotations
 
@@ -130,6 +130,9 @@ def scaling(runs: list[Run], device: str, pyplot):
         axes.set(xlabel=rows[0]["unit"], ylabel="ms", title=f"{name}, expected {rows[0]['law']}")
         if log:
             axes.set(xscale="log", yscale="log")
+            if rows[0]["law"] == "inverse":
+                axes.set_xticks(sorted({r["value"] for r in rows}), labels=sorted({r["value"] for r in rows}))
+                axes.minorticks_off()
         else:
             axes.set_ylim(bottom=0)
         axes.legend(fontsize=6, frameon=False)

@@ -3,8 +3,8 @@
 `python -m benchmarks.scaling [AXIS...] [--device cpu|cuda] [--json FILE] [--quick]`
 
 Every curve has the law that it should follow beside it: time ∝ value ("linear"), ∝ 1 / value ("inverse", threads), or
-growing by the same step for every unit on top of a fixed part ("affine": sweeps, neighbours). Ours is compared with the
-reference where that takes no longer than a moment; the points of one curve are timed in turn, in one run.
+growing by the same step for every unit on top of a fixed part ("affine": labels, sweeps, neighbours). Ours is compared
+with the reference where that takes no longer than a moment; the points of one curve are timed in turn, in one run.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ AXES = {
     "size": Axis("pixels", "linear", sizes),
     "batch": Axis("pictures in a batch", "linear", batches),
     "threads": Axis("threads", "inverse", threads),
-    "labels": Axis("labels", "linear", labels),
+    "labels": Axis("labels", "affine", labels),
     "sweeps": Axis("sweeps", "affine", sweeps),
     "window": Axis("neighbours of a pixel", "affine", windows),
 }

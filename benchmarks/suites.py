@@ -147,11 +147,15 @@ def main(arguments: list[str] | None = None, program: str = "python -m benchmark
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--list", action="store_true", help="show the suites and how long each takes, and run nothing")
+    parser.add_argument("--names", action="store_true", help="show the names of the suites that are there, and modules")
     parser.add_argument("--resume", action="store_true", help="leave out suites whose file of this commit is there")
     timing.add_options(parser, quick="few samples and small sizes: whether all runs, not how fast", json="folder of")
     options = parser.parse_args(arguments)
     if options.list:
         show_list()
+        return 0
+    if options.names:
+        print("\n".join(f"{name} {__package__}.{SUITES[name].module}" for name in names()))
         return 0
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:

@@ -383,10 +383,13 @@ def write(target: Path, suite: str, device: str, record: dict, rows: list[dict])
     """Writes a results file: `target` itself, or `<suite>--<machine>--<device>.json` in it where it is a folder."""
     if target.suffix != ".json":
         target = target / f"{suite}--{record['machine']}--{device}.json"
-    result = {"suite": suite, "device": device, **record, "rows": rows}
+    write_json(target, {"suite": suite, "device": device, **record, "rows": rows})
+    return target
+
+
+def write_json(target: Path, result: dict) -> None:
     with atomic_path(target) as temporary:
         temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return target
 
 
 _COLUMNS = {  # key: (heading, format)

@@ -10,23 +10,25 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import suites
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the benchmarks are not beside the tests")
 
 
-def dry_run(folder: Path, python: str = sys.executable) -> subprocess.CompletedProcess:
-    command = ["bash", SCRIPT, "--dry-run", "--no-build", folder]
-    return subprocess.run(command, env={**os.environ, "PYTHON": python}, capture_output=True, text=True, timeout=300)
+def dry_run(folder: Path, python: str = sys.executable, *options: str) -> subprocess.CompletedProcess:
+    command = ["bash", SCRIPT, "--dry-run", "--no-build", *options, folder]
+    return subprocess.run(command, env={**os.environ, "PYTHON": python}, capture_output=True, text=True, timeout=600)
 
 
 def test_dry_run(tmp_path):
     ran = dry_run(tmp_path / "results")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "passed  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
-    assert "passed  benchmark mean_field" in ran.stdout
+    assert all(f"passed  benchmark {name}" in ran.stdout for name in suites.names())
     files = {path.name.partition("--")[0]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    assert set(files) == {"annealed_mean", "lab", "loss", "mean_field", "render", "tests"}
+    assert set(files) == {*suites.names(), "tests"}
     assert files["tests"]["pytest"]["failures"] == 0
     rows = files["lab"]["rows"]
     assert {r["op"] for r in rows} == {"rgb_to_lab", "lab_to_rgb"}
@@ -42,10 +44,16 @@ def test_goes_on_after_a_failure(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ncase "$*" in "-m pytest "*) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    ran = dry_run(tmp_path / "results", str(python))
-    assert ran.returncode == 1
+    ran = dry_run(tmp_path / "results", str(python), "--suites", "lab")
+    assert ran.returncode == 1 and "benchmark loss" not in ran.stdout
     assert "FAILED  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
     assert len(list((tmp_path / "results").glob("lab--*--cpu.json"))) == 1
+
+
+def test_nothing_begins_when_the_time_is_over(tmp_path):
+    ran = dry_run(tmp_path / "results", sys.executable, "--seconds", "0")
+    assert ran.returncode == 1 and "LEFT OUT  benchmark lab, after 0 s" in ran.stdout
+    assert "passed" not in ran.stdout and not list((tmp_path / "results").iterdir())
 
 
 def test_unknown_option_shows_the_usage(tmp_path):

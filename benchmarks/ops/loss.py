@@ -17,7 +17,7 @@ from fastcolor.bins import ColorBins, soft_encode
 from fastcolor.ops import _backend
 from fastcolor.reference import cross_entropy as reference
 
-from .. import timing
+from .. import timing, work
 from ..timing import Candidate
 from .mean_field import peak_memory
 
@@ -80,7 +80,9 @@ def head_peers(features: Tensor, weight: Tensor, bias: Tensor, ab: Tensor) -> It
     yield "convolution, then fastcolor's loss", lambda: run(apart)
 
 
-def table(title: str, moved: int, contestants, exact: Tensor | None, bound: float, options) -> list[dict]:
+def table(
+    title: str, moved: int, operations: int, contestants, exact: Tensor | None, bound: float, options
+) -> list[dict]:
     candidates, peaks = [timing.plain_copy(moved, options.device)], {}
     for name, build in contestants:
         candidate = Candidate(name, None, ours=name.startswith("fastcolor"))
@@ -100,8 +102,10 @@ def table(title: str, moved: int, contestants, exact: Tensor | None, bound: floa
             peaks[name] = peak_memory(lambda run=run: run(0))
     able = [c for c in candidates if c.run]
     times = timing.measure(able, options.device, rounds=3 if options.quick else 9, calls=4)
-    context = {"title": title, "error_unit": "of the gradient's largest entry", "oracle": "our reference in float64"}
-    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
+    op = "color_cross_entropy" if exact is not None else "head_cross_entropy"
+    context = {"title": title, "op": op}
+    context |= {"error_unit": "of the gradient's largest entry", "oracle": "our reference in float64"}
+    rows = timing.compare([timing.row(c, times.get(c.name), moved, operations, **context) for c in candidates])
     for row in rows:
         if peaks.get(row["candidate"]) is not None and row["median_us"] != timing.NOT_MEASURED:
             row["peak_MB"] = round(peaks[row["candidate"]] / 1e6, 1)
@@ -115,6 +119,8 @@ def benchmark(size: tuple[int, int, int], options) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     ab = torch.randn(batch, 2, height, width, generator=generator) * 25
     wide = torch.randn(batch, BINS.count, height, width, generator=generator) * 3
+    operations = work.color_cross_entropy(batch * height * width, BINS.count)
+    layer = 3 * 2 * CHANNELS * BINS.count * batch * height * width  # forward, gradients of features and of weights
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for order, layout in (("labels last", torch.channels_last), ("planes", torch.contiguous_format)):
@@ -123,7 +129,7 @@ def benchmark(size: tuple[int, int, int], options) -> list[dict]:
             title = f"loss and gradient, {batch}×{height}×{width} pixels, K = {BINS.count}, {dtype}, {order}"
             moved = 2 * logits.numel() * logits.element_size()
             contestants = peers(logits.to(options.device), ab.to(options.device), options.quick)
-            rows += table(title, moved, contestants, exact, GRADIENT_BOUND[dtype], options)
+            rows += table(title, moved, operations, contestants, exact, GRADIENT_BOUND[dtype], options)
         features = torch.randn(batch, CHANNELS, height, width, generator=generator).to(options.device, dtype)
         features = features.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(BINS.count, CHANNELS, 1, 1, generator=generator).to(options.device) * 0.05
@@ -131,7 +137,7 @@ def benchmark(size: tuple[int, int, int], options) -> list[dict]:
         title = f"last layer, loss and gradients, {batch}×{height}×{width} pixels, {CHANNELS} channels, {dtype}"
         moved = 2 * features.numel() * features.element_size()
         contestants = head_peers(features, weight, bias, ab.to(options.device))
-        rows += table(title, moved, contestants, None, 0.0, options)
+        rows += table(title, moved, operations + layer, contestants, None, 0.0, options)
     return rows
 
 

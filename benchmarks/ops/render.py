@@ -17,7 +17,7 @@ import fastcolor
 from fastcolor.ops import _backend
 from fastcolor.reference import render as reference
 
-from .. import timing
+from .. import timing, work
 from ..timing import Candidate
 from .lab import SMALL, interleaved, on_cpu_only, photograph
 
@@ -165,7 +165,9 @@ def uv_peers(
         yield "our reference, PyTorch eager", eager
 
 
-def table(title: str, moved: int, peers: Iterator[Peer], exact: dict[str, Tensor], options) -> list[dict]:
+def table(
+    title: str, moved: int, operations: int, peers: Iterator[Peer], exact: dict[str, Tensor], options
+) -> list[dict]:
     """`exact` has what candidates of ours must give, by how their names end; they are checked before they are timed."""
     candidates = [timing.plain_copy(moved, options.device)]
     for name, build in peers:
@@ -187,10 +189,11 @@ def table(title: str, moved: int, peers: Iterator[Peer], exact: dict[str, Tensor
     times = timing.measure(able, options.device, rounds=3 if options.quick else 11, calls=calls)
     context = {
         "title": title,
+        "op": "render_uv" if "U, V" in title else "render",
         "error_unit": "levels, but for 1 sample in 100,000",
         "oracle": "our reference in float64",
     }
-    rows = timing.compare([timing.row(c, times.get(c.name), moved, **context) for c in candidates])
+    rows = timing.compare([timing.row(c, times.get(c.name), moved, operations, **context) for c in candidates])
     timing.show(rows, title)
     return rows
 
@@ -209,7 +212,7 @@ def benchmark(width: int, height: int, options) -> list[dict]:
         title = f"render, {width}×{height}, {kind}: float32 lightness → uint8 RGB"
         moved = pixels * (4 + 3) + 4 * inputs[0].numel() * 3 // 2
         peers = rgb_peers(on_device, moved, options.device, options.quick)
-        rows += table(title, moved, peers, exact, options)
+        rows += table(title, moved, work.render(pixels), peers, exact, options)
     inputs = scene(width, height, 0.3)
     luma = (fastcolor.lab_to_rgb(F.pad(inputs[2][0], (0, 0, 0, 0, 0, 2)))[:1][None] * 219 + 16).to(torch.uint8)
     exact = reference.render_uv(*(x.double() for x in inputs[:2]), luma, scale, 3.0, YUV)[0].double()
@@ -217,7 +220,7 @@ def benchmark(width: int, height: int, options) -> list[dict]:
     title = f"render to U, V, {width}×{height}, 4:2:0, 8 bits"
     moved = pixels * 3 // 2 + 4 * inputs[0].numel() * 3 // 2
     peers = uv_peers(on_device, luma.to(options.device), moved, options.device, options.quick)
-    rows += table(title, moved, peers, {"": exact}, options)
+    rows += table(title, moved, work.render(pixels), peers, {"": exact}, options)
     return rows
 
 

@@ -27,6 +27,7 @@ from fastcolor.yuv import YuvFormat
 BLOCK = 512  # pixels of a program; with four warps four for each thread
 COLUMNS = (32, 128, 512)  # of them, by the width of the result; the others lie in rows below
 LOOK_UP = 1024
+WARPS = 4
 
 
 class Places(NamedTuple):
@@ -289,5 +290,5 @@ def _launch(kernel, result, tensors, sizes, numbers, **constants) -> None:
     with torch.cuda.device_of(tensors[0]):
         kernel[(batch * across * down,)](
             *tensors, across, down, height, width, *sizes, *numbers,
-            **constants, COLUMNS=columns, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+            **constants, COLUMNS=columns, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
