@@ -50,7 +50,9 @@ class VideoStats:
     frames: int = 0
     network: int = 0
     cuts: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("network", "field", "motion", "render"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("network", "field", "motion", "render"), 0.0)
+    )
 
 
 class VideoColorizer:
