@@ -38,6 +38,7 @@ class FilmInfo:
     colours: Colours
     time_base: Fraction
     rate: Fraction  # frames per second, on average
+    steady: bool  # whether they seem to come at that rate all along
     aspect: Fraction | None  # of a sample
     matrix: tuple[int, ...] | None  # display matrix, nine numbers as FFmpeg has them
     frames: int  # expected, 0 where nothing is known
@@ -188,6 +189,7 @@ class Reader:
             colours=self._colours,
             time_base=stream.time_base,
             rate=rate,
+            steady=self._first_number is not None or stream.base_rate == rate,
             aspect=stream.sample_aspect_ratio or None,
             matrix=self._matrix,
             frames=self._expected(rate, duration),
@@ -227,7 +229,7 @@ class Reader:
 
         Args:
             after: the timestamp of a frame; only later ones are given. It needs a file, to be opened again.
-            skip: instead, where timestamps are not to be relied on (`End.moved`), frames to leave out from the first on.
+            skip: instead of `after`, how many frames to leave out, where timestamps tell nothing (`End.moved`).
         """
         if after is not None or skip:
             self._items.close()

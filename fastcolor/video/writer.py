@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -82,6 +83,8 @@ def choose_encoding(
         value = choice[1] if asked is None else f"{asked:g}" if isinstance(asked, float) else asked
         if value:
             options[choice[0]] = value
+    if codec == "libx264" and info.steady:
+        options["x264-params"] = "force-cfr=1"  # else the stream names the ticks of the time base as its frame rate
     encoding = Encoding(codec, options, choose_format(known, info.bits, pix_fmt), info, threads)
     os.environ.setdefault("SVT_LOG", "1")  # errors alone: it would talk into the progress
     try:
@@ -105,7 +108,7 @@ def _defaults_of(codec: str) -> _Defaults:
 
 
 def _configure(context: av.VideoCodecContext, encoding: Encoding) -> av.VideoCodecContext:
-    info, colours = encoding.info, encoding.info.colours
+    info = encoding.info
     context.width, context.height = info.width, info.height
     context.pix_fmt = encoding.pixels.name
     context.time_base, context.framerate = info.time_base, info.rate
@@ -203,10 +206,8 @@ class Copier:
             reason = getattr(error, "strerror", None) or str(error)
             self.left_out.append(f"{label} is left out: {form} cannot hold it as it is ({reason})")
             return False
-        try:
+        with suppress(av.FFmpegError, OSError):  # nothing was written into it
             trial.close()
-        except (av.FFmpegError, OSError):  # nothing was written into it
-            pass
         return True
 
     def add_to(self, container: av.container.OutputContainer) -> None:
