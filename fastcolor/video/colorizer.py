@@ -1,8 +1,15 @@
-"""Frames of a film in, their chroma out, with a state through time."""
+"""Frames of a film in, their chroma out, with a state through time.
+
+Three things keep the colours calm. The network looks at keyframes alone; what it said of one, the scores of all labels,
+goes along with the picture's motion until the next. Scores of a new keyframe take over little by little. And in the
+field the colours of the frame before are one more neighbour of every pixel.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,23 +18,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcolor.model.colorizer import Colorizer
-from fastcolor.ops.render import luma_to_lightness, render_uv
+from fastcolor.model.network import pool_to
+from fastcolor.ops.render import luma_to_lightness, render, render_uv
+from fastcolor.video import cuts, motion
+from fastcolor.video.state import Evidence, Track, from_dict, gather, still, to_dict, trusted
 from fastcolor.yuv import YuvFormat
+
+# Chosen by benchmarks/flicker.py: docs/video.md has the figures.
+LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
+CHANGED = 0.2  # share of the picture that the last keyframe does not explain, at which the next one comes
+FLOOR = 0.1  # trust in scores whose place has another lightness
+WEIGHT_TIME = 0.1  # of the frame before in the field, times `temporal`
+SIGMA_TIME = 5.0  # L units
 
 
 @dataclass(frozen=True)
 class VideoOptions:
     """How a film is coloured.
 
-    temporal: strength of the bond to the frame before, 0 (every frame by itself) to 1.
-    keyframes: the network runs at every n-th frame and at cuts; "auto" where the picture changed enough.
+    temporal: what of the colours of the frame before is kept, 0 (nothing: every keyframe by itself) to 1.
+    keyframes: the network runs at every n-th frame of a scene; "auto" where the picture changed enough.
     motion: whether what comes from the frame before is moved along with the picture.
     cuts: numbers of the frames that start a scene, from 0; None finds them.
-    lookahead: frames that may be held back, so that the network sees several keyframes at a time.
+    lookahead: frames that are worked on together, and so held back; the network sees their keyframes in one batch.
     low_latency: every frame comes out as soon as it went in.
     """
 
-    temporal: float = 0.5
+    temporal: float = 0.85
     keyframes: str | int = "auto"
     motion: bool = True
     cuts: tuple[int, ...] | None = None
@@ -37,22 +54,48 @@ class VideoOptions:
     def __post_init__(self):
         if not 0 <= self.temporal <= 1:
             raise ValueError(f"temporal must be between 0 and 1, got {self.temporal}")
-        if self.keyframes != "auto" and not (isinstance(self.keyframes, int) and self.keyframes >= 1):
+        whole = isinstance(self.keyframes, int) and not isinstance(self.keyframes, bool)
+        if self.keyframes != "auto" and not (whole and self.keyframes >= 1):
             raise ValueError(f"keyframes must be 'auto' or a number >= 1, got {self.keyframes!r}")
-        if self.lookahead < 0:
-            raise ValueError(f"lookahead must be >= 0, got {self.lookahead}")
+        if not 1 <= self.lookahead <= 1024:
+            raise ValueError(f"lookahead must be between 1 and 1024 frames, got {self.lookahead}")
+        if self.cuts is not None and any(not isinstance(n, int) or n < 0 for n in self.cuts):
+            raise ValueError(f"cuts must be numbers of frames, from 0, got {self.cuts!r}")
 
 
 @dataclass
 class VideoStats:
-    """Counts, and seconds by stage."""
+    """Counts, and seconds by stage: of the host alone, where the device is a GPU."""
 
     frames: int = 0
-    network: int = 0
+    network: int = 0  # runs: keyframes
     cuts: int = 0
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("network", "field", "motion", "render"), 0.0)
+        default_factory=lambda: dict.fromkeys(("motion", "network", "field", "render"), 0.0)
     )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+
+@dataclass
+class _Frame:
+    """A frame on its way; all on the device."""
+
+    picture: object  # what came: for the renderer
+    L: Tensor  # [1, 1, n, m] at network size
+    guide: Tensor  # [1, 1, h, w]
+    number: int = 0
+    cut: bool = False
+    key: bool = False
+    flow: Tensor | None = None  # [1, 2, h, w] to the frame before
+    places: Tensor | None = None  # [1, 2, h, w] in the last keyframe before this frame
+    trust: Tensor | None = None  # [1, 1, h, w] in what is there
+    scores: Tensor | None = None  # [1, C, h, w] of a keyframe
+    ab: Tensor | None = None  # [1, 2, h, w]
 
 
 class VideoColorizer:
@@ -60,9 +103,10 @@ class VideoColorizer:
 
     Args:
         colorizer: the network and its options.
-        format: of the frames' planes; `colorize` needs none.
+        format: of the frames' planes, 8 bits 4:2:0 of BT.709 if left out; `colorize` needs none.
         options: see `VideoOptions`.
-        control: hints, palette and reference of the film; see `fastcolor.video.control.load_control`.
+        control: hints, palette and reference of the film: `fastcolor.video.control.load_control`.
+        first: number of the first frame, which cuts and hints count by.
     """
 
     def __init__(
@@ -71,36 +115,237 @@ class VideoColorizer:
         format: YuvFormat | None = None,
         options: VideoOptions | None = None,
         control=None,
+        first: int = 0,
     ):
         self.colorizer, self.format, self.options = colorizer, format or YuvFormat(), options or VideoOptions()
         self.control = control
         self.stats = VideoStats()
+        self._first = first
+        self._unary = None if control is None else control.unary(colorizer)
+        self.reset()
 
-    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forgets all frames: what comes next is the start of a film."""
+        self._track, self._evidence = Track(number=self._first), Evidence()
+        self._waiting: list[_Frame] = []
+        self._shape: tuple[int, int] | None = None
+
+    # --- planes ---------------------------------------------------------------------------------------------------------
+
     def push(self, luma: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The next frame's luma [H, W] -> (U, V) of the frames that are ready, in order."""
-        planes = luma.to(self.colorizer.device)[None, None]
-        L = luma_to_lightness(planes, self.format.bits, self.format.full_range)
-        size = self.colorizer.network_size(*luma.shape)
-        ab, guide = self.colorizer.predict(F.interpolate(L, size, mode="bilinear", antialias=True))
-        scale = tuple(n / full / self.colorizer.network.stride for n, full in zip(size, luma.shape, strict=True))
-        u, v = render_uv(ab, guide, planes, self.format, scale=scale)
-        self.stats.frames += 1
-        self.stats.network += 1
-        return [(u[0, 0].to(luma.device), v[0, 0].to(luma.device))]
+        """The next frame's luma plane, [H, W] of the format's type; rows may lie apart, as decoders leave them.
+
+        Returns:
+            (U, V) of the frames that are ready, in order, on the device that their luma came from.
+
+        Raises:
+            TypeError, ValueError: a plane of another type, or another size than the frame before.
+        """
+        if not isinstance(luma, Tensor) or luma.dtype != self.format.dtype:
+            came = getattr(luma, "dtype", type(luma).__name__)
+            raise TypeError(f"luma must be {self.format.dtype} for {self.format.bits} bits, got {came}")
+        if luma.ndim != 2 or luma.numel() == 0:
+            raise ValueError(f"luma must have shape [H, W], got {list(luma.shape)}")
+        return self._add(luma, self._lightness_of_luma, self._planes)
 
     def flush(self) -> list[tuple[Tensor, Tensor]]:
         """(U, V) of the frames held back. The state is then that after the last frame, and more may be pushed."""
-        return []
+        return self._work(self._planes)
 
-    def state_dict(self) -> dict:
-        """All that the frames to come depend on, after `flush`; torch.save takes it."""
-        return {}
+    @torch.inference_mode()
+    def _lightness_of_luma(self, luma: Tensor) -> tuple[Tensor, Tensor]:
+        planes = luma.to(self.colorizer.device, non_blocking=True)[None, None]
+        return planes, luma_to_lightness(planes, self.format.bits, self.format.full_range)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where the colorizer was that gave `state`, to the bit."""
+    def _planes(self, frame: _Frame) -> tuple[Tensor, Tensor]:
+        luma, ab = frame.picture, frame.ab * self.colorizer.options.saturation
+        u, v = render_uv(ab, frame.guide, luma, self.format, scale=self._scale(frame))
+        return u[0, 0], v[0, 0]
+
+    # --- pictures -------------------------------------------------------------------------------------------------------
 
     def colorize(self, frames: Iterable[np.ndarray | Tensor]) -> Iterator[np.ndarray | Tensor]:
-        """Grey or RGB frames in, RGB frames of the same kind out, in order: for pipes of one's own."""
+        """Colours frames one after the other, for pipes of one's own; goes on from the frames before.
+
+        Args:
+            frames: arrays [H, W], [H, W, 1] or [H, W, 3], or tensors [H, W], [1 or 3, H, W], of one size; uint8,
+                uint16, or floating in [0, 1].
+
+        Yields:
+            RGB of the same kind and type, [H, W, 3] or [3, H, W], in order; with `low_latency` each before the next
+            frame is asked for.
+        """
         for frame in frames:
-            yield self.colorizer.colorize(frame)
+            yield from self._add(frame, self._lightness_of_picture, self._rgb)
+        yield from self._work(self._rgb)
+
+    @torch.inference_mode()
+    def _lightness_of_picture(self, picture: np.ndarray | Tensor) -> tuple[tuple, Tensor]:
+        if isinstance(picture, np.ndarray):
+            if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (1, 3)):
+                raise ValueError(f"frame must have shape [H, W], [H, W, 1] or [H, W, 3], got {list(picture.shape)}")
+            pixels = torch.from_numpy(np.ascontiguousarray(picture, picture.dtype.newbyteorder("=")))
+            pixels = pixels[None] if picture.ndim == 2 else pixels.permute(2, 0, 1)
+        elif isinstance(picture, Tensor):
+            pixels = picture[None] if picture.ndim == 2 else picture
+            if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+                raise ValueError(f"frame must have shape [H, W] or [1 or 3, H, W], got {list(picture.shape)}")
+        else:
+            raise TypeError(f"frame must be a numpy array or a tensor, got {type(picture).__name__}")
+        L = self.colorizer._lightness(pixels, "frame")[None]
+        return (L, pixels.dtype, picture.device if isinstance(picture, Tensor) else None), L
+
+    def _rgb(self, frame: _Frame) -> np.ndarray | Tensor:
+        L, dtype, device = frame.picture
+        ab = frame.ab * self.colorizer.options.saturation
+        rgb = render(ab, frame.guide, L, scale=self._scale(frame), dtype=dtype, channels_last=device is None)[0]
+        return rgb.cpu().numpy() if device is None else rgb.to(device)
+
+    # --- the state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """All that the frames to come depend on, for torch.save. Frames that are held back are not part of it.
+
+        Raises:
+            RuntimeError: there are such frames: `flush` first.
+        """
+        if self._waiting:
+            raise RuntimeError(f"{len(self._waiting)} frames are held back: flush() before state_dict()")
+        return {"track": to_dict(self._track), "evidence": to_dict(self._evidence), "size": self._shape}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on, to the bit, where the colorizer was that gave `state`: same network, options and control."""
+        if not isinstance(state, dict) or set(state) != {"track", "evidence", "size"}:
+            raise ValueError("state must be of VideoColorizer.state_dict()")
+        self.reset()
+        self._track = from_dict(Track, state["track"], self.colorizer.device)
+        self._evidence = from_dict(Evidence, state["evidence"], self.colorizer.device)
+        self._shape = None if state["size"] is None else tuple(state["size"])
+
+    # --- the work -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _add(self, picture, lightness, finish) -> list:
+        with self.stats.stage("motion"):
+            kept, L = lightness(picture)
+            shape = tuple(L.shape[-2:])
+            if self._shape not in (None, shape):
+                raise ValueError(
+                    f"frames of a film must have one size: {self._shape[1]}×{self._shape[0]} came before, "
+                    f"now {shape[1]}×{shape[0]}; reset() starts another film"
+                )
+            self._shape = shape
+            # antialiased bilinear is an area mean when shrinking, and plain bilinear when enlarging
+            small = F.interpolate(L, self.colorizer.network_size(*shape), mode="bilinear", antialias=True)
+            self._waiting.append(_Frame(kept, small, pool_to(small, self.colorizer.network.stride)))
+        full = 1 if self.options.low_latency else self.options.lookahead
+        return self._work(finish) if len(self._waiting) >= full else []
+
+    @torch.inference_mode()
+    def _work(self, finish) -> list:
+        frames, self._waiting = self._waiting, []
+        if not frames:
+            return []
+        with self.stats.stage("motion"):
+            self._follow(frames)
+        keys = [frame for frame in frames if frame.key]
+        with self.stats.stage("network"):
+            if keys:
+                scores, _ = self.colorizer.scores(torch.cat([frame.L for frame in keys]), self._unary)
+                for frame, of_frame in zip(keys, scores.split(1), strict=True):
+                    frame.scores = of_frame
+        done = []
+        for frame in frames:
+            with self.stats.stage("field"):
+                frame.ab = self._colors(frame)
+            with self.stats.stage("render"):
+                done.append(finish(frame))
+        self.stats.frames += len(frames)
+        self.stats.network += len(keys)
+        self.stats.cuts += sum(frame.cut for frame in frames)
+        return done
+
+    def _follow(self, frames: list[_Frame]) -> None:
+        """What lightness alone says of frames: cuts, keyframes, motion."""
+        track = self._track
+        L = torch.cat([frame.L for frame in frames])
+        levels = motion.pyramid(pool_to(L, self.colorizer.network.stride // motion.CELL))
+        pyramids = [[level[i, None] for level in levels] for i in range(len(frames))]
+        before = [track.pyramid or pyramids[0], *pyramids[:-1]]
+        if self.options.motion:
+            flows = motion.flow(levels, [torch.cat(level) for level in zip(*before, strict=True)]).split(1)
+        else:
+            flows = [torch.zeros_like(still(frames[0].guide))] * len(frames)
+        for frame, flow, pyramid in zip(frames, flows, pyramids, strict=True):
+            frame.number, frame.flow = track.number, flow
+            frame.cut = self._is_cut(frame)
+            if frame.cut or track.guide is None:
+                frame.key = True
+            else:
+                frame.places = motion.read_at(track.places, still(frame.guide) + flow)
+                frame.trust = trusted(frame.guide, track.key_guide, frame.places)
+                frame.key = self._is_key(frame)
+            if frame.key:
+                track.key_guide, track.places = frame.guide, still(frame.guide)
+                track.age = track.waiting = 0
+            else:
+                track.places = frame.places
+            track.age += 1
+            track.number += 1
+            track.pyramid, track.guide = pyramid, frame.guide
+
+    def _is_cut(self, frame: _Frame) -> bool:
+        if self._track.guide is None:
+            return False
+        if self.options.cuts is not None:
+            return frame.number in self.options.cuts
+        return cuts.is_cut(*cuts.features(frame.guide, motion.warp(self._track.guide, frame.flow)).tolist())
+
+    def _is_key(self, frame: _Frame) -> bool:
+        track = self._track
+        if self.options.keyframes != "auto":
+            return track.age >= self.options.keyframes
+        if track.age >= LONGEST:
+            return True
+        if track.age < SHORTEST:
+            return False
+        # twice in a row: a flash is not worth a keyframe
+        track.waiting = track.waiting + 1 if 1 - frame.trust.mean().item() > CHANGED else 0
+        return track.waiting > 1
+
+    def _colors(self, frame: _Frame) -> Tensor:
+        """ab [1, 2, h, w]: the scores of the last keyframe where they are now, through the field."""
+        evidence, kept = self._evidence, self.options.temporal
+        if frame.cut:
+            evidence = self._evidence = Evidence()
+        if frame.key:
+            new = frame.scores.movedim(1, -1).flatten(0, 2)  # [h·w, C]
+            old = new
+            if evidence.scores is not None and kept > 0:
+                trust = frame.trust.flatten()[:, None]
+                old = torch.lerp(new, gather(evidence.scores, self._shares(evidence.age), frame.places, None), trust)
+            evidence.scores, evidence.age = torch.stack((old, new)), 0
+            scores = gather(evidence.scores, self._shares(1), still(frame.guide), None)
+        else:
+            trust = None if self.colorizer.bins is None else FLOOR + (1 - FLOOR) * frame.trust
+            scores = gather(evidence.scores, self._shares(evidence.age + 1), frame.places, trust)
+        scores = scores.unflatten(0, (1, *frame.guide.shape[-2:])).movedim(-1, 1)
+        bond = {}
+        if evidence.shown is not None and kept > 0 and WEIGHT_TIME > 0:
+            shown, guide = (motion.warp(x, frame.flow) for x in (evidence.shown, evidence.guide))
+            bond = {"previous": (shown, guide), "weight_time": WEIGHT_TIME * kept, "sigma_time": SIGMA_TIME}
+        ab = self.colorizer.colors(scores, frame.guide, **bond)
+        evidence.shown, evidence.guide = ab, frame.guide
+        evidence.age += 1
+        return ab
+
+    def _shares(self, frames: int) -> tuple[float, float]:
+        """Of the scores from before a keyframe and of its own, after so many frames with it: as if each had kept
+        `temporal` of what was there."""
+        old = self.options.temporal**frames
+        return old, 1 - old
+
+    def _scale(self, frame: _Frame) -> tuple[float, float]:
+        """Pixels of the guide to one of the frame."""
+        stride = self.colorizer.network.stride
+        return tuple(n / full / stride for n, full in zip(frame.L.shape[-2:], self._shape, strict=True))
