@@ -39,6 +39,8 @@ from fastcolor.video.writer import (
 from fastcolor.yuv import YuvFormat
 
 QUEUE = 8  # pictures that wait between two threads
+# Matroska has the shape of samples from the muxer's own field, which PyAV does not set; these streams carry it
+ASPECT_INSIDE = {"libx264", "libx265", "h264_nvenc", "hevc_nvenc", "mpeg4", "mpeg2video"}
 
 
 class ColorsFrames(Protocol):
@@ -198,6 +200,11 @@ class _Film:
                 self._check_container(form, encoding)
             if encoding.pixels.bits != info.bits:
                 summary.notes.append(f"luma goes from {info.bits} to {encoding.pixels.bits} bits ({options.codec})")
+            if info.aspect not in (None, 1) and form in ("matroska", "webm") and encoding.codec not in ASPECT_INSIDE:
+                summary.notes.append(
+                    f"samples of {info.aspect.numerator}:{info.aspect.denominator} are not noted: {encoding.codec} in "
+                    f"{form} cannot have it from here; .mov and .mp4 can, and libx264 and libx265"
+                )
             self.reader, self.encoding = reader, encoding
             copier = None if self.images else Copier(reader, form)
             self.status.expected = info.frames

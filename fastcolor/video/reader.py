@@ -37,8 +37,8 @@ class FilmInfo:
     bits: int  # of the luma samples
     colours: Colours
     time_base: Fraction
-    rate: Fraction  # frames per second, on average
-    steady: bool  # whether they seem to come at that rate all along
+    rate: Fraction  # frames per second, the nominal number
+    steady: bool  # whether frames seem to come at that rate all along
     aspect: Fraction | None  # of a sample
     matrix: tuple[int, ...] | None  # display matrix, nine numbers as FFmpeg has them
     frames: int  # expected, 0 where nothing is known
@@ -189,7 +189,7 @@ class Reader:
             colours=self._colours,
             time_base=stream.time_base,
             rate=rate,
-            steady=self._first_number is not None or stream.base_rate == rate,
+            steady=self._first_number is not None or stream.average_rate == stream.base_rate == rate,
             aspect=stream.sample_aspect_ratio or None,
             matrix=self._matrix,
             frames=self._expected(rate, duration),
@@ -198,8 +198,8 @@ class Reader:
         )
 
     def _rate(self) -> Fraction:
-        for rate in (self.stream.average_rate, self.stream.guessed_rate, self.stream.base_rate):
-            if rate and 0 < rate <= 1000:
+        for rate in (self.stream.guessed_rate, self.stream.average_rate, self.stream.base_rate):
+            if rate and 0 < rate <= 240:  # more are the ticks of a clock
                 return rate
         return Fraction(25)
 
@@ -220,7 +220,7 @@ class Reader:
             return len(numbered_files(self.name))
         if self.stream.frames and self.start is None and self.end is None:
             return self.stream.frames
-        return round(duration * rate)
+        return round(duration * (self.stream.average_rate or rate))
 
     # --- reading ------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ CODECS = {
     "libx264": _Defaults(("crf", "18"), ("preset", "veryfast")),
     "libx265": _Defaults(("crf", "20"), ("preset", "fast"), {"x265-params": "log-level=error"}),
     "libsvtav1": _Defaults(("crf", "28"), ("preset", "9")),
-    "ffv1": _Defaults(options={"level": "3", "g": "1", "slices": "4", "slicecrc": "1"}),
+    "ffv1": _Defaults(options={"level": "3", "g": "1", "slicecrc": "1"}),
     "prores_ks": _Defaults(preset=("profile", "hq"), options={"vendor": "apl0"}),
     "h264_nvenc": _NVENC,
     "hevc_nvenc": _NVENC,
