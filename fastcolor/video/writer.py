@@ -191,7 +191,14 @@ class Copier:
         self.left_out: list[str] = []  # a line for each stream that the container cannot hold
         self.moved = 0  # packets whose timestamps did not rise
         self.end = 0.0  # seconds where the last packet ends
-        self._chosen = [s for s in reader.container.streams if s.index != reader.stream.index and self._fits(s, form)]
+        others = (s for s in reader.container.streams if s.index != reader.stream.index)
+        titles = bool(reader.container.chapters())  # QuickTime has a stream of their titles, which a muxer makes anew
+        # by number: the reader may open its file anew
+        self._chosen = [
+            s.index
+            for s in others
+            if not (titles and s.type == "data" and s.name == "bin_data") and self._fits(s, form)
+        ]
         self._streams: dict[int, av.stream.Stream] = {}
         self._last: dict[int, int] = {}
 
@@ -211,7 +218,8 @@ class Copier:
         return True
 
     def add_to(self, container: av.container.OutputContainer) -> None:
-        self._streams = {s.index: _add_copy(container, s) for s in self._chosen}
+        streams = self.reader.container.streams
+        self._streams = {i: _add_copy(container, streams[i]) for i in self._chosen}
 
     def copy(self, packet: av.Packet) -> av.Packet | None:
         """A packet of the input as one of the output; None where it is not wanted there."""
@@ -240,7 +248,7 @@ class Copier:
         if not self._chosen:
             return
         with av.open(url(self.reader.name), metadata_errors="replace") as container:
-            wanted = [container.streams[s.index] for s in self._chosen if s.type != "attachment"]
+            wanted = [container.streams[i] for i in self._chosen if container.streams[i].type != "attachment"]
             if not wanted:
                 return
             try:
