@@ -159,7 +159,7 @@ class Parts:
         with atomic_path(self._state_file()) as temporary:
             temporary.write_bytes(state)
         self.save()
-        if before is not None:
+        if before is not None and part.whole:  # else the next run starts from the state before
             before.unlink(missing_ok=True)
 
     def remove(self) -> None:

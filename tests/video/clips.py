@@ -56,7 +56,8 @@ def make_clip(
     bits = 10 if "10" in pix_fmt else 12 if "12" in pix_fmt else 16 if "16" in pix_fmt else 8
     with av.open(str(path), "w") as out:
         out.metadata["title"] = "A film"
-        stream = out.add_stream(codec, rate=24, time_base=TICK, options=options or {})
+        stream = out.add_stream(codec, rate=24, options=options or {},
+                                time_base=Fraction(1, 24) if codec == "mpeg2video" else TICK)  # fmt: skip
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1
         if interlaced:
