@@ -68,8 +68,9 @@ class VideoStats:
     """Counts, and seconds by stage: of the host alone, where the device is a GPU."""
 
     frames: int = 0
-    network: int = 0  # runs: keyframes
+    network: int = 0  # frames that the network saw
     cuts: int = 0
+    keyframes: list[int] = field(default_factory=list)  # the numbers of the frames that the network saw
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("motion", "network", "field", "render"), 0.0)
     )
@@ -130,7 +131,7 @@ class VideoColorizer:
         self._waiting: list[_Frame] = []
         self._shape: tuple[int, int] | None = None
 
-    # --- planes ---------------------------------------------------------------------------------------------------------
+    # --- planes -------------------------------------------------------------------------------------------------------
 
     def push(self, luma: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The next frame's luma plane, [H, W] of the format's type; rows may lie apart, as decoders leave them.
@@ -162,7 +163,7 @@ class VideoColorizer:
         u, v = render_uv(ab, frame.guide, luma, self.format, scale=self._scale(frame))
         return u[0, 0], v[0, 0]
 
-    # --- pictures -------------------------------------------------------------------------------------------------------
+    # --- pictures -----------------------------------------------------------------------------------------------------
 
     def colorize(self, frames: Iterable[np.ndarray | Tensor]) -> Iterator[np.ndarray | Tensor]:
         """Colours frames one after the other, for pipes of one's own; goes on from the frames before.
@@ -201,7 +202,7 @@ class VideoColorizer:
         rgb = render(ab, frame.guide, L, scale=self._scale(frame), dtype=dtype, channels_last=device is None)[0]
         return rgb.cpu().numpy() if device is None else rgb.to(device)
 
-    # --- the state ------------------------------------------------------------------------------------------------------
+    # --- the state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """All that the frames to come depend on, for torch.save. Frames that are held back are not part of it.
@@ -222,7 +223,7 @@ class VideoColorizer:
         self._evidence = from_dict(Evidence, state["evidence"], self.colorizer.device)
         self._shape = None if state["size"] is None else tuple(state["size"])
 
-    # --- the work -------------------------------------------------------------------------------------------------------
+    # --- the work -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _add(self, picture, lightness, finish) -> list:
@@ -262,6 +263,7 @@ class VideoColorizer:
                 done.append(finish(frame))
         self.stats.frames += len(frames)
         self.stats.network += len(keys)
+        self.stats.keyframes += [frame.number for frame in keys]
         self.stats.cuts += sum(frame.cut for frame in frames)
         return done
 
