@@ -297,20 +297,27 @@ class VideoColorizer:
             track.pyramid, track.guide = pyramid, frame.guide
 
     def _is_cut(self, frame: _Frame) -> bool:
-        if self._track.guide is None:
-            return False
+        track = self._track
         if self.options.cuts is not None:
-            return frame.number in self.options.cuts
-        return cuts.is_cut(*cuts.features(frame.guide, motion.warp(self._track.guide, frame.flow)).tolist())
+            return track.guide is not None and frame.number in self.options.cuts
+        before = frame.guide if track.guide is None else motion.warp(track.guide, frame.flow)
+        if track.blank and track.seen is not None:
+            before = track.seen
+        *features, contrast = cuts.features(frame.guide, before).tolist()
+        cut = track.seen is not None and cuts.is_cut(*features, contrast, after_blank=track.blank)
+        track.blank = cuts.is_blank(contrast)
+        if not track.blank:
+            track.seen = frame.guide
+        return cut
 
     def _is_key(self, frame: _Frame) -> bool:
         track = self._track
         if self.options.keyframes != "auto":
             return track.age >= self.options.keyframes
+        if track.age < SHORTEST or track.blank:
+            return False
         if track.age >= LONGEST:
             return True
-        if track.age < SHORTEST:
-            return False
         # twice in a row: a flash is not worth a keyframe
         track.waiting = track.waiting + 1 if 1 - frame.trust.mean().item() > CHANGED else 0
         return track.waiting > 1

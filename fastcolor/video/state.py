@@ -19,6 +19,8 @@ class Track:
     waiting: int = 0  # frames in a row that were worth a keyframe
     pyramid: list[Tensor] | None = None  # of the frame before
     guide: Tensor | None = None  # [1, 1, h, w] of the frame before
+    seen: Tensor | None = None  # [1, 1, h, w] guide of the last frame that was not blank
+    blank: bool = False  # the frame before was
     key_guide: Tensor | None = None  # [1, 1, h, w] of the keyframe
     places: Tensor | None = None  # [1, 2, h, w] where the frame before has its pixels in the keyframe
 
