@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Evidence:
     scores: Tensor | None = None  # [2, h·w, C] at the keyframe's places: before it, and of it
     shown: Tensor | None = None  # [1, 2, h, w] ab of the frame before
     guide: Tensor | None = None  # [1, 1, h, w] of the frame before
+    hints: list[int] = field(default_factory=list)  # those of the frame before
 
 
 def gather(scores: Tensor, shares: tuple[float, float], places: Tensor, trust: Tensor | None) -> Tensor:
