@@ -1,8 +1,8 @@
 """Frames of a film in, their chroma out, with a state through time.
 
-Three things keep the colours calm. The network looks at keyframes alone; what it said of one, the scores of all labels,
-goes along with the picture's motion until the next. Scores of a new keyframe take over little by little. And in the
-field the colours of the frame before are one more neighbour of every pixel.
+Two things keep the colours calm. The network looks at keyframes alone; what it said of one, the scores of all labels,
+goes along with the picture's motion until the next. And scores of a new keyframe take over little by little. On top,
+the colours of the frame before can be one more neighbour of every pixel in the field.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastcolor.model.colorizer import Colorizer
 from fastcolor.model.network import pool_to
 from fastcolor.ops.render import luma_to_lightness, render, render_uv
 from fastcolor.video import cuts, motion
+from fastcolor.video.control import Control, hints_unary
 from fastcolor.video.state import Evidence, Track, from_dict, gather, still, to_dict, trusted
 from fastcolor.yuv import YuvFormat
 
@@ -28,15 +29,17 @@ from fastcolor.yuv import YuvFormat
 LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
 CHANGED = 0.2  # share of the picture that the last keyframe does not explain, at which the next one comes
 FLOOR = 0.1  # trust in scores whose place has another lightness
-WEIGHT_TIME = 0.1  # of the frame before in the field, times `temporal`
-SIGMA_TIME = 5.0  # L units
+SIGMA_TIME = 5.0  # L units: of the frame before in the field
+SETTLE = 3  # passes of the field at the start of a scene, whose first frame has none before it
 
 
 @dataclass(frozen=True)
 class VideoOptions:
     """How a film is coloured.
 
-    temporal: what of the colours of the frame before is kept, 0 (nothing: every keyframe by itself) to 1.
+    temporal: how much of what was believed of the frame before is kept, 0 (nothing: every keyframe by itself) to 1.
+    bond: weight of the colours of the frame before in the field, in units of the field's own weight (which is 0.1 where
+        nothing else was learned) for one neighbour, >= 0. It sharpens colours as much as it calms them.
     keyframes: the network runs at every n-th frame of a scene; "auto" where the picture changed enough.
     motion: whether what comes from the frame before is moved along with the picture.
     cuts: numbers of the frames that start a scene, from 0; None finds them.
@@ -44,7 +47,8 @@ class VideoOptions:
     low_latency: every frame comes out as soon as it went in.
     """
 
-    temporal: float = 0.85
+    temporal: float = 0.9
+    bond: float = 0.0
     keyframes: str | int = "auto"
     motion: bool = True
     cuts: tuple[int, ...] | None = None
@@ -54,6 +58,8 @@ class VideoOptions:
     def __post_init__(self):
         if not 0 <= self.temporal <= 1:
             raise ValueError(f"temporal must be between 0 and 1, got {self.temporal}")
+        if not 0 <= self.bond <= 1000:
+            raise ValueError(f"bond must be between 0 and 1000, got {self.bond}")
         whole = isinstance(self.keyframes, int) and not isinstance(self.keyframes, bool)
         if self.keyframes != "auto" and not (whole and self.keyframes >= 1):
             raise ValueError(f"keyframes must be 'auto' or a number >= 1, got {self.keyframes!r}")
@@ -68,8 +74,9 @@ class VideoStats:
     """Counts, and seconds by stage: of the host alone, where the device is a GPU."""
 
     frames: int = 0
-    network: int = 0  # runs: keyframes
+    network: int = 0  # frames that the network saw
     cuts: int = 0
+    keyframes: list[int] = field(default_factory=list)  # the numbers of the frames that the network saw
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("motion", "network", "field", "render"), 0.0)
     )
@@ -114,14 +121,18 @@ class VideoColorizer:
         colorizer: Colorizer,
         format: YuvFormat | None = None,
         options: VideoOptions | None = None,
-        control=None,
+        control: Control | None = None,
         first: int = 0,
     ):
         self.colorizer, self.format, self.options = colorizer, format or YuvFormat(), options or VideoOptions()
         self.control = control
         self.stats = VideoStats()
         self._first = first
-        self._unary = None if control is None else control.unary(colorizer)
+        self._hinted: tuple = (None, None)  # the last hints, and their unary
+        self._unary = None
+        if control is not None:
+            unary = control.unary(colorizer.bins, colorizer.checkpoint.prior, colorizer._unary)
+            self._unary = None if unary is None else unary.to(colorizer.device)
         self.reset()
 
     def reset(self) -> None:
@@ -130,7 +141,7 @@ class VideoColorizer:
         self._waiting: list[_Frame] = []
         self._shape: tuple[int, int] | None = None
 
-    # --- planes ---------------------------------------------------------------------------------------------------------
+    # --- planes -------------------------------------------------------------------------------------------------------
 
     def push(self, luma: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The next frame's luma plane, [H, W] of the format's type; rows may lie apart, as decoders leave them.
@@ -162,7 +173,7 @@ class VideoColorizer:
         u, v = render_uv(ab, frame.guide, luma, self.format, scale=self._scale(frame))
         return u[0, 0], v[0, 0]
 
-    # --- pictures -------------------------------------------------------------------------------------------------------
+    # --- pictures -----------------------------------------------------------------------------------------------------
 
     def colorize(self, frames: Iterable[np.ndarray | Tensor]) -> Iterator[np.ndarray | Tensor]:
         """Colours frames one after the other, for pipes of one's own; goes on from the frames before.
@@ -201,7 +212,7 @@ class VideoColorizer:
         rgb = render(ab, frame.guide, L, scale=self._scale(frame), dtype=dtype, channels_last=device is None)[0]
         return rgb.cpu().numpy() if device is None else rgb.to(device)
 
-    # --- the state ------------------------------------------------------------------------------------------------------
+    # --- the state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """All that the frames to come depend on, for torch.save. Frames that are held back are not part of it.
@@ -222,7 +233,7 @@ class VideoColorizer:
         self._evidence = from_dict(Evidence, state["evidence"], self.colorizer.device)
         self._shape = None if state["size"] is None else tuple(state["size"])
 
-    # --- the work -------------------------------------------------------------------------------------------------------
+    # --- the work -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _add(self, picture, lightness, finish) -> list:
@@ -262,6 +273,7 @@ class VideoColorizer:
                 done.append(finish(frame))
         self.stats.frames += len(frames)
         self.stats.network += len(keys)
+        self.stats.keyframes += [frame.number for frame in keys]
         self.stats.cuts += sum(frame.cut for frame in frames)
         return done
 
@@ -295,20 +307,27 @@ class VideoColorizer:
             track.pyramid, track.guide = pyramid, frame.guide
 
     def _is_cut(self, frame: _Frame) -> bool:
-        if self._track.guide is None:
-            return False
+        track = self._track
         if self.options.cuts is not None:
-            return frame.number in self.options.cuts
-        return cuts.is_cut(*cuts.features(frame.guide, motion.warp(self._track.guide, frame.flow)).tolist())
+            return track.guide is not None and frame.number in self.options.cuts
+        before = frame.guide if track.guide is None else motion.warp(track.guide, frame.flow)
+        if track.blank and track.seen is not None:
+            before = track.seen
+        *features, contrast = cuts.features(frame.guide, before).tolist()
+        cut = track.seen is not None and cuts.is_cut(*features, contrast, after_blank=track.blank)
+        track.blank = cuts.is_blank(contrast)
+        if not track.blank:
+            track.seen = frame.guide
+        return cut
 
     def _is_key(self, frame: _Frame) -> bool:
         track = self._track
         if self.options.keyframes != "auto":
             return track.age >= self.options.keyframes
+        if track.age < SHORTEST or track.blank:
+            return False
         if track.age >= LONGEST:
             return True
-        if track.age < SHORTEST:
-            return False
         # twice in a row: a flash is not worth a keyframe
         track.waiting = track.waiting + 1 if 1 - frame.trust.mean().item() > CHANGED else 0
         return track.waiting > 1
@@ -330,14 +349,34 @@ class VideoColorizer:
             trust = None if self.colorizer.bins is None else FLOOR + (1 - FLOOR) * frame.trust
             scores = gather(evidence.scores, self._shares(evidence.age + 1), frame.places, trust)
         scores = scores.unflatten(0, (1, *frame.guide.shape[-2:])).movedim(-1, 1)
-        bond = {}
-        if evidence.shown is not None and kept > 0 and WEIGHT_TIME > 0:
-            shown, guide = (motion.warp(x, frame.flow) for x in (evidence.shown, evidence.guide))
-            bond = {"previous": (shown, guide), "weight_time": WEIGHT_TIME * kept, "sigma_time": SIGMA_TIME}
-        ab = self.colorizer.colors(scores, frame.guide, **bond)
-        evidence.shown, evidence.guide = ab, frame.guide
+        hints = [] if self.control is None else self.control.hints_at(frame.number)
+        if hints:  # not carried on: they are for their frames alone
+            scores = scores + self._hints_unary(tuple(hints), *frame.guide.shape[-2:])
+        same, evidence.hints = hints == evidence.hints, hints
+        before = None
+        if evidence.shown is not None and same and self.options.bond > 0:
+            before = tuple(motion.warp(x, frame.flow) for x in (evidence.shown, evidence.guide))
+        ab = self._field(scores, frame.guide, before)
         evidence.age += 1
+        if self.options.bond > 0:
+            # the first frame of a scene has itself as its neighbour: what stands still then stays as it is
+            for _ in range(SETTLE if before is None else 0):
+                ab = self._field(scores, frame.guide, (ab, frame.guide))
+            evidence.shown, evidence.guide = ab, frame.guide
         return ab
+
+    def _field(self, scores: Tensor, guide: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+        """ab, with the colours and the guide of the frame before where there are any."""
+        if before is None:
+            return self.colorizer.colors(scores, guide)
+        weight = self.options.bond * self.colorizer.field["weight"]
+        return self.colorizer.colors(scores, guide, previous=before, weight_time=weight, sigma_time=SIGMA_TIME)
+
+    def _hints_unary(self, hints: tuple[int, ...], height: int, width: int) -> Tensor:
+        if self._hinted[0] != (hints, height, width):
+            unary = hints_unary([self.control.hints[i] for i in hints], height, width, self.colorizer.bins)
+            self._hinted = (hints, height, width), unary.to(self.colorizer.device)
+        return self._hinted[1]
 
     def _shares(self, frames: int) -> tuple[float, float]:
         """Of the scores from before a keyframe and of its own, after so many frames with it: as if each had kept

@@ -1,4 +1,8 @@
-"""Where one scene ends and the next begins."""
+"""Where one scene ends and the next begins.
+
+A flash, a fade and a fast pan are no cuts; white or black frames are passed over, and what comes after them is compared
+with what came before. A dissolve is none either: colours follow it through keyframes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 from torch import Tensor
 
 _BINS = 32
-_BLANK = 1.5  # L units: a picture of less contrast shows nothing that could belong to a scene
+_BLANK = 1.5  # L units
 
 
 def signature(guide: Tensor) -> Tensor:
@@ -33,6 +37,19 @@ def features(guide: Tensor, moved: Tensor) -> Tensor:
     return torch.stack((apart, (a * b).mean() / spread, (guide - moved).abs().mean(), a.square().mean().sqrt()))
 
 
-def is_cut(apart: float, alike: float, difference: float, contrast: float) -> bool:
-    """Whether the frame starts a scene; the arguments are `features`."""
-    return difference > 4 and contrast > _BLANK and (alike < 0.5 or (alike < 0.7 and apart > 8))
+def is_cut(apart: float, alike: float, difference: float, contrast: float, after_blank: bool = False) -> bool:
+    """Whether a frame starts a scene: it is unlike the last one that showed something, which light, noise and motion
+    do not make it.
+
+    Args:
+        apart, alike, difference, contrast: `features`.
+        after_blank: blank frames lie between the two. A fade out of black begins with hardly any difference.
+    """
+    if is_blank(contrast) or not (after_blank or difference > 2.5):
+        return False
+    return alike < 0.5 or (alike < 0.7 and apart > 8)
+
+
+def is_blank(contrast: float) -> bool:
+    """Whether a frame shows nothing, as in the middle of a fade: it belongs to whatever scene, and starts none."""
+    return contrast < _BLANK

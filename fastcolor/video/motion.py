@@ -21,6 +21,7 @@ _NOISE = 2.0  # L units: gradients below it do not move anything
 _STEPS = 2  # of Lucas-Kanade on each level
 _WINDOW = 3  # cells
 _ZERO = 1.1  # standing still is taken where its difference is at most so much larger
+_NOISY = 0.35  # and by so much of the noise: reading between pixels halves its variance
 
 
 def pyramid(L: Tensor) -> list[Tensor]:
@@ -88,7 +89,8 @@ def _still(now: Tensor, before: Tensor, motion: Tensor) -> Tensor:
     """Zero where that explains the picture about as well: what stands still must not creep."""
     differences = torch.cat((warp(before, _fine(motion, now)) - now, before - now), 1).abs()
     moving, standing = box(pool_to(differences, CELL), 3).split(1, 1)
-    return torch.where(standing <= _ZERO * moving + 0.1, 0, motion)
+    noise = moving.flatten(1).median(1).values[:, None, None, None]  # what motion does not explain of most places
+    return torch.where(standing <= _ZERO * moving + _NOISY * noise + 0.1, 0, motion)
 
 
 def box(x: Tensor, size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Track:
     waiting: int = 0  # frames in a row that were worth a keyframe
     pyramid: list[Tensor] | None = None  # of the frame before
     guide: Tensor | None = None  # [1, 1, h, w] of the frame before
+    seen: Tensor | None = None  # [1, 1, h, w] guide of the last frame that was not blank
+    blank: bool = False  # the frame before was
     key_guide: Tensor | None = None  # [1, 1, h, w] of the keyframe
     places: Tensor | None = None  # [1, 2, h, w] where the frame before has its pixels in the keyframe
 
@@ -31,6 +33,7 @@ class Evidence:
     scores: Tensor | None = None  # [2, h·w, C] at the keyframe's places: before it, and of it
     shown: Tensor | None = None  # [1, 2, h, w] ab of the frame before
     guide: Tensor | None = None  # [1, 1, h, w] of the frame before
+    hints: list[int] = field(default_factory=list)  # those of the frame before
 
 
 def gather(scores: Tensor, shares: tuple[float, float], places: Tensor, trust: Tensor | None) -> Tensor:
