@@ -174,6 +174,7 @@ class _Film:
         # what cannot be read twice, or not be joined, goes straight to its place
         self.segmented = not self.images and target != STREAM and source != STREAM and "://" not in source
         self.status, self.summary = Status(), Summary()
+        self.read_out = False  # whether the reader came to the end of the film
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
 
     def run(self, overwrite: bool, resume: bool) -> Summary:
@@ -295,14 +296,15 @@ class _Film:
             items = self.reader.frames(after, skip)
             for item in items:
                 if self.stop.is_set():
-                    self.summary.stopped = True
                     break
                 self.status.read += isinstance(item, Picture)
                 read.put(item)
+            else:
+                self.read_out = True
             read.put(None)
 
         def writing() -> None:
-            for item in coloured:
+            for item in coloured.items():
                 since = time.perf_counter()
                 if isinstance(item, _Cut):
                     sink.cut(item)
@@ -319,7 +321,12 @@ class _Film:
             self._colour(colorizer, read, coloured)
         except BaseException as error:
             pipeline.fail(error)
-        pipeline.finish()
+        try:
+            self.reader.free = pipeline.finish(self.stop)
+        except BaseException:
+            self.reader.free = not pipeline.busy("read")
+            raise
+        self.summary.stopped = not self.read_out
         if parts is not None and not self.summary.stopped:
             parts.complete = True
             parts.save()
@@ -346,7 +353,7 @@ class _Film:
             torch.save(colorizer.state_dict(), state)
             coloured.put(_Cut(state.getvalue(), whole, self.reader.ended.moved))
 
-        for item in read:
+        for item in read.items(self.stop):
             if isinstance(item, av.Packet):
                 coloured.put(item)
                 continue
@@ -361,7 +368,7 @@ class _Film:
             if self.watch:
                 self.watch(self.status)
         if began is not None:
-            cut(not self.summary.stopped)
+            cut(self.read_out)
         coloured.put(None)
 
     def _join(self, parts: Parts, form: str, copier: Copier) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+HANGS = 2.0  # seconds without a frame after which a stopped film's reader is taken to hang
 
 
 class Stopped(Exception):
@@ -43,13 +44,29 @@ class Pipeline:
         self._threads.append(thread)
         thread.start()
 
-    def finish(self) -> None:
-        """Waits for the threads; raises the first error of any, once."""
-        for thread in self._threads:
-            while thread.is_alive():
-                thread.join(0.2)  # in pieces: a signal is seen in between
+    def busy(self, name: str) -> bool:
+        """Whether a thread of that name still runs."""
+        return any(t.name == name and t.is_alive() for t in self._threads)
+
+    def finish(self, stop: threading.Event) -> bool:
+        """Waits for the threads; raises the first error of any, once.
+
+        Returns:
+            Whether all have ended. A reader that hangs (in a pipe, a camera) is left behind when the run was stopped,
+            or failed.
+        """
+        late = None
+        while any(thread.is_alive() for thread in self._threads):
+            for thread in self._threads:
+                thread.join(0.05)  # in pieces: a signal is seen in between
+            writers = any(t.is_alive() and t.name != "read" for t in self._threads)
+            if not writers and (self.error is not None or stop.is_set()):
+                late = time.monotonic() if late is None else late
+                if time.monotonic() - late > HANGS:
+                    break
         if self.error is not None:
             raise self.error
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 class Channel(Generic[T]):
@@ -75,22 +92,31 @@ class Channel(Generic[T]):
             self.waited_to_put += time.perf_counter() - since
             changed.notify_all()
 
-    def __iter__(self) -> Iterator[T]:
-        """The items up to the end of the stream. Raises Stopped when the pipeline has failed."""
+    def items(self, stop: threading.Event | None = None) -> Iterator[T]:
+        """The items up to the end of the stream. Raises Stopped when the pipeline has failed.
+
+        Args:
+            stop: once it is set, a stream from which nothing comes any more has ended too.
+        """
         changed = self._pipeline.changed
         while True:
             since = time.perf_counter()
             with changed:
-                self._wait(lambda: bool(self._items))
-                item = self._items.popleft()
+                self._wait(lambda: bool(self._items), stop)
+                item = self._items.popleft() if self._items else None
                 self.waited_to_get += time.perf_counter() - since
                 changed.notify_all()
             if item is None:
                 return
             yield item
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
+    def _wait(self, ready: Callable[[], bool], stop: threading.Event | None = None) -> None:
+        late = None
         while self._pipeline.error is None and not ready():
             self._pipeline.changed.wait(0.2)  # in pieces: a signal is seen in between
+            if stop is not None and stop.is_set():
+                late = time.monotonic() if late is None else late
+                if time.monotonic() - late > HANGS:
+                    return
         if self._pipeline.error is not None:
             raise Stopped

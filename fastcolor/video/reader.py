@@ -109,6 +109,7 @@ class Reader:
         self.label = "standard input" if name == STREAM else name
         self.ended = End()
         self.seconds = 0.0  # spent in reading and decoding
+        self.free = True  # False while a thread hangs in a read: then nothing may be closed
         self._first_number = _first_number(name) if is_sequence(name) else None
         self.container = self._open()
         self.stream = self._choose_stream()
@@ -384,8 +385,9 @@ class Reader:
         return self
 
     def __exit__(self, *_) -> None:
-        self._items.close()
-        self.close()
+        if self.free:
+            self._items.close()
+            self.close()
 
 
 def _kind(kind: tuple[int, int, int]) -> str:
