@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
@@ -194,6 +195,7 @@ class Copier:
         others = (s for s in reader.container.streams if s.index != reader.stream.index)
         titles = bool(reader.container.chapters())  # QuickTime has a stream of their titles, which a muxer makes anew
         # by number: the reader may open its file anew
+        timecode = form in ("mov", "mp4")  # which it makes of the metadata
         self._chosen = [
             s.index
             for s in others
@@ -224,8 +226,12 @@ class Copier:
     def copy(self, packet: av.Packet) -> av.Packet | None:
         """A packet of the input as one of the output; None where it is not wanted there."""
         stream = self._streams.get(packet.stream.index)
-        if stream is None or (packet.pts is None and packet.dts is None):
+        if stream is None:
             return None
+        if packet.pts is None and packet.dts is None:
+            if not stream.disposition & Disposition.attached_pic:
+                return None
+            packet.pts = packet.dts = 0  # a cover has no time
         tick, reader = packet.time_base, self.reader
         at = (packet.pts if packet.pts is not None else packet.dts) * tick
         if (reader.begin is not None and at < reader.begin) or (reader.until is not None and at >= reader.until):
