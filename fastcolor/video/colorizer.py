@@ -27,7 +27,7 @@ from fastcolor.yuv import YuvFormat
 
 # Chosen by benchmarks/flicker.py: docs/video.md has the figures.
 LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
-CHANGED = 0.2  # share of the picture that the last keyframe does not explain, at which the next one comes
+CHANGED = 0.06  # share of the picture that the last keyframe does not explain, at which the next one comes
 FLOOR = 0.1  # trust in scores whose place has another lightness
 SIGMA_TIME = 5.0  # L units: of the frame before in the field
 SETTLE = 3  # passes of the field at the start of a scene, whose first frame has none before it
