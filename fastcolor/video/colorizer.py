@@ -22,12 +22,13 @@ from fastcolor.model.network import pool_to
 from fastcolor.ops.render import luma_to_lightness, render, render_uv
 from fastcolor.video import cuts, motion
 from fastcolor.video.control import Control, hints_unary
+from fastcolor.video.gpu import Ferry, Graphed
 from fastcolor.video.state import Evidence, Track, from_dict, gather, still, to_dict, trusted
 from fastcolor.yuv import YuvFormat
 
 # Chosen by benchmarks/flicker.py: docs/video.md has the figures.
 LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
-CHANGED = 0.2  # share of the picture that the last keyframe does not explain, at which the next one comes
+CHANGED = 0.06  # share of the picture that the last keyframe does not explain, at which the next one comes
 FLOOR = 0.1  # trust in scores whose place has another lightness
 SIGMA_TIME = 5.0  # L units: of the frame before in the field
 SETTLE = 3  # passes of the field at the start of a scene, whose first frame has none before it
@@ -128,6 +129,9 @@ class VideoColorizer:
         self.control = control
         self.stats = VideoStats()
         self._first = first
+        self._ferry = Ferry(colorizer.device)
+        self._carried = Graphed(self._carry)
+        self._mixes = torch.zeros(0, 2)
         self._hinted: tuple = (None, None)  # the last hints, and their unary
         self._unary = None
         if control is not None:
@@ -139,6 +143,7 @@ class VideoColorizer:
         """Forgets all frames: what comes next is the start of a film."""
         self._track, self._evidence = Track(number=self._first), Evidence()
         self._waiting: list[_Frame] = []
+        self._leaving: list[tuple] = []  # results, and the events after which they are on the host
         self._shape: tuple[int, int] | None = None
 
     # --- planes -------------------------------------------------------------------------------------------------------
@@ -161,17 +166,17 @@ class VideoColorizer:
 
     def flush(self) -> list[tuple[Tensor, Tensor]]:
         """(U, V) of the frames held back. The state is then that after the last frame, and more may be pushed."""
-        return self._work(self._planes)
+        return self._work(self._planes) + self._arrived()
 
     @torch.inference_mode()
     def _lightness_of_luma(self, luma: Tensor) -> tuple[Tensor, Tensor]:
-        planes = luma.to(self.colorizer.device, non_blocking=True)[None, None]
-        return planes, luma_to_lightness(planes, self.format.bits, self.format.full_range)
+        planes = self._ferry.to_device(luma)[None, None]
+        return (planes, luma.device), luma_to_lightness(planes, self.format.bits, self.format.full_range)
 
-    def _planes(self, frame: _Frame) -> tuple[Tensor, Tensor]:
-        luma, ab = frame.picture, frame.ab * self.colorizer.options.saturation
-        u, v = render_uv(ab, frame.guide, luma, self.format, scale=self._scale(frame))
-        return u[0, 0], v[0, 0]
+    def _planes(self, frame: _Frame) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]:
+        (luma, device), ab = frame.picture, frame.ab * self.colorizer.options.saturation
+        u, v = (plane[0, 0] for plane in render_uv(ab, frame.guide, luma, self.format, scale=self._scale(frame)))
+        return ((u, v), None) if device.type == "cuda" else self._ferry.to_host((u, v))
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +193,7 @@ class VideoColorizer:
         """
         for frame in frames:
             yield from self._add(frame, self._lightness_of_picture, self._rgb)
-        yield from self._work(self._rgb)
+        yield from self._work(self._rgb) + self._arrived()
 
     @torch.inference_mode()
     def _lightness_of_picture(self, picture: np.ndarray | Tensor) -> tuple[tuple, Tensor]:
@@ -206,11 +211,11 @@ class VideoColorizer:
         L = self.colorizer._lightness(pixels, "frame")[None]
         return (L, pixels.dtype, picture.device if isinstance(picture, Tensor) else None), L
 
-    def _rgb(self, frame: _Frame) -> np.ndarray | Tensor:
+    def _rgb(self, frame: _Frame) -> tuple[np.ndarray | Tensor, None]:
         L, dtype, device = frame.picture
         ab = frame.ab * self.colorizer.options.saturation
         rgb = render(ab, frame.guide, L, scale=self._scale(frame), dtype=dtype, channels_last=device is None)[0]
-        return rgb.cpu().numpy() if device is None else rgb.to(device)
+        return (rgb.cpu().numpy() if device is None else rgb.to(device)), None
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
@@ -220,8 +225,8 @@ class VideoColorizer:
         Raises:
             RuntimeError: there are such frames: `flush` first.
         """
-        if self._waiting:
-            raise RuntimeError(f"{len(self._waiting)} frames are held back: flush() before state_dict()")
+        if held := len(self._waiting) + len(self._leaving):
+            raise RuntimeError(f"{held} frames are held back: flush() before state_dict()")
         return {"track": to_dict(self._track), "evidence": to_dict(self._evidence), "size": self._shape}
 
     def load_state_dict(self, state: dict) -> None:
@@ -265,17 +270,29 @@ class VideoColorizer:
                 scores, _ = self.colorizer.scores(torch.cat([frame.L for frame in keys]), self._unary)
                 for frame, of_frame in zip(keys, scores.split(1), strict=True):
                     frame.scores = of_frame
-        done = []
+        leaving = []
         for frame in frames:
             with self.stats.stage("field"):
                 frame.ab = self._colors(frame)
             with self.stats.stage("render"):
-                done.append(finish(frame))
+                leaving.append(finish(frame))
         self.stats.frames += len(frames)
         self.stats.network += len(keys)
         self.stats.keyframes += [frame.number for frame in keys]
         self.stats.cuts += sum(frame.cut for frame in frames)
-        return done
+        ready = self._arrived()  # the batch before: this one travels while the next is worked on
+        self._leaving = leaving
+        if self.options.low_latency or all(event is None for _, event in leaving):
+            ready += self._arrived()
+        return ready
+
+    def _arrived(self) -> list:
+        """Waits for the results under way."""
+        leaving, self._leaving = self._leaving, []
+        for _, event in leaving:
+            if event is not None:
+                event.synchronize()
+        return [result for result, _ in leaving]
 
     def _follow(self, frames: list[_Frame]) -> None:
         """What lightness alone says of frames: cuts, keyframes, motion."""
@@ -285,16 +302,21 @@ class VideoColorizer:
         pyramids = [[level[i, None] for level in levels] for i in range(len(frames))]
         before = [track.pyramid or pyramids[0], *pyramids[:-1]]
         if self.options.motion:
-            flows = motion.flow(levels, [torch.cat(level) for level in zip(*before, strict=True)]).split(1)
+            flows = motion.flow(levels, [torch.cat(level) for level in zip(*before, strict=True)])
         else:
-            flows = [torch.zeros_like(still(frames[0].guide))] * len(frames)
-        for frame, flow, pyramid in zip(frames, flows, pyramids, strict=True):
-            frame.number, frame.flow = track.number, flow
-            frame.cut = self._is_cut(frame)
+            flows = torch.zeros_like(still(frames[0].guide)).expand(len(frames), -1, -1, -1)
+        guides = torch.cat([frame.guide for frame in frames])
+        features = [None] * len(frames)
+        if self.options.cuts is None:
+            guides_before = torch.cat((guides[:1] if track.guide is None else track.guide, guides[:-1]))
+            features = cuts.features(guides, motion.warp(guides_before, flows)).tolist()
+        for i, (frame, pyramid) in enumerate(zip(frames, pyramids, strict=True)):
+            frame.number, frame.flow = track.number, flows[i, None]
+            frame.cut = self._is_cut(frame, features[i])
             if frame.cut or track.guide is None:
                 frame.key = True
             else:
-                frame.places = motion.read_at(track.places, still(frame.guide) + flow)
+                frame.places = motion.read_at(track.places, still(frame.guide) + frame.flow)
                 frame.trust = trusted(frame.guide, track.key_guide, frame.places)
                 frame.key = self._is_key(frame)
             if frame.key:
@@ -306,18 +328,19 @@ class VideoColorizer:
             track.number += 1
             track.pyramid, track.guide = pyramid, frame.guide
 
-    def _is_cut(self, frame: _Frame) -> bool:
+    def _is_cut(self, frame: _Frame, features: list[float] | None) -> bool:
         track = self._track
-        if self.options.cuts is not None:
+        if features is None:
             return track.guide is not None and frame.number in self.options.cuts
-        before = frame.guide if track.guide is None else motion.warp(track.guide, frame.flow)
-        if track.blank and track.seen is not None:
-            before = track.seen
-        *features, contrast = cuts.features(frame.guide, before).tolist()
-        cut = track.seen is not None and cuts.is_cut(*features, contrast, after_blank=track.blank)
-        track.blank = cuts.is_blank(contrast)
+        after_blank = track.blank
+        if after_blank and track.seen is not None:
+            features = cuts.features(frame.guide, track.seen)[0].tolist()
+        cut = track.seen is not None and cuts.is_cut(*features, after_blank=after_blank)
+        track.blank = cuts.is_blank(features[3])
         if not track.blank:
             track.seen = frame.guide
+        if track.blank or after_blank:
+            frame.flow = torch.zeros_like(frame.flow)  # nothing moves to or from a blank frame
         return cut
 
     def _is_key(self, frame: _Frame) -> bool:
@@ -334,36 +357,61 @@ class VideoColorizer:
 
     def _colors(self, frame: _Frame) -> Tensor:
         """ab [1, 2, h, w]: the scores of the last keyframe where they are now, through the field."""
-        evidence, kept = self._evidence, self.options.temporal
         if frame.cut:
-            evidence = self._evidence = Evidence()
+            self._evidence = Evidence()
+        evidence, bond = self._evidence, self.options.bond
         if frame.key:
-            new = frame.scores.movedim(1, -1).flatten(0, 2)  # [h·w, C]
-            old = new
-            if evidence.scores is not None and kept > 0:
-                trust = frame.trust.flatten()[:, None]
-                old = torch.lerp(new, gather(evidence.scores, self._shares(evidence.age), frame.places, None), trust)
-            evidence.scores, evidence.age = torch.stack((old, new)), 0
-            scores = gather(evidence.scores, self._shares(1), still(frame.guide), None)
-        else:
-            trust = None if self.colorizer.bins is None else FLOOR + (1 - FLOOR) * frame.trust
-            scores = gather(evidence.scores, self._shares(evidence.age + 1), frame.places, trust)
-        scores = scores.unflatten(0, (1, *frame.guide.shape[-2:])).movedim(-1, 1)
+            self._take_over(frame)
+        trust = None
+        if not frame.key and self.colorizer.bins is not None:
+            trust = FLOOR + (1 - FLOOR) * frame.trust
+        places = still(frame.guide) if frame.key else frame.places
         hints = [] if self.control is None else self.control.hints_at(frame.number)
+        same, evidence.hints = hints == evidence.hints, hints
+        evidence.age += 1
+        arguments = evidence.scores, self._shares(evidence.age), places, frame.guide
+        if trust is not None and not hints and bond == 0:
+            return self._carried(*arguments, trust)
+        scores = self._scores_at(*arguments, trust)
         if hints:  # not carried on: they are for their frames alone
             scores = scores + self._hints_unary(tuple(hints), *frame.guide.shape[-2:])
-        same, evidence.hints = hints == evidence.hints, hints
         before = None
-        if evidence.shown is not None and same and self.options.bond > 0:
+        if evidence.shown is not None and same and bond > 0:
             before = tuple(motion.warp(x, frame.flow) for x in (evidence.shown, evidence.guide))
         ab = self._field(scores, frame.guide, before)
-        evidence.age += 1
-        if self.options.bond > 0:
+        if bond > 0:
             # the first frame of a scene has itself as its neighbour: what stands still then stays as it is
             for _ in range(SETTLE if before is None else 0):
                 ab = self._field(scores, frame.guide, (ab, frame.guide))
             evidence.shown, evidence.guide = ab, frame.guide
         return ab
+
+    def _take_over(self, frame: _Frame) -> None:
+        """A keyframe's scores become those to be carried, beside what was carried until now."""
+        evidence = self._evidence
+        new = frame.scores.movedim(1, -1).flatten(0, 2)  # [h·w, C]
+        old = new
+        if evidence.scores is not None and self.options.temporal > 0:
+            old = gather(evidence.scores, self._shares(evidence.age), frame.places)
+            old = torch.lerp(new, old, frame.trust.flatten()[:, None])  # what is new in the picture has no past
+        evidence.scores, evidence.age = torch.stack((old, new)), 0
+
+    def _shares(self, frames: int) -> Tensor:
+        """Of the scores from before a keyframe and of its own, after so many frames with it: as if each had kept
+        `temporal` of what was there. [2]"""
+        if frames >= len(self._mixes):
+            old = torch.tensor(self.options.temporal, dtype=torch.float64) ** torch.arange(2 * frames + 64)
+            self._mixes = torch.stack((old, 1 - old), 1).float().to(self.colorizer.device)
+        return self._mixes[frames]
+
+    def _scores_at(self, scores: Tensor, shares: Tensor, places: Tensor, guide: Tensor, trust: Tensor | None) -> Tensor:
+        """[1, C, h, w], labels side by side in memory."""
+        rows = gather(scores, shares, places, trust)
+        return rows.unflatten(0, (1, *guide.shape[-2:])).movedim(-1, 1)
+
+    def _carry(self, scores: Tensor, shares: Tensor, places: Tensor, guide: Tensor, trust: Tensor) -> Tensor:
+        """The whole of an ordinary frame, a function of tensors alone."""
+        return self.colorizer.colors(self._scores_at(scores, shares, places, guide, trust), guide)
 
     def _field(self, scores: Tensor, guide: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
         """ab, with the colours and the guide of the frame before where there are any."""
@@ -377,12 +425,6 @@ class VideoColorizer:
             unary = hints_unary([self.control.hints[i] for i in hints], height, width, self.colorizer.bins)
             self._hinted = (hints, height, width), unary.to(self.colorizer.device)
         return self._hinted[1]
-
-    def _shares(self, frames: int) -> tuple[float, float]:
-        """Of the scores from before a keyframe and of its own, after so many frames with it: as if each had kept
-        `temporal` of what was there."""
-        old = self.options.temporal**frames
-        return old, 1 - old
 
     def _scale(self, frame: _Frame) -> tuple[float, float]:
         """Pixels of the guide to one of the frame."""

@@ -14,27 +14,29 @@ _BLANK = 1.5  # L units
 
 
 def signature(guide: Tensor) -> Tensor:
-    """The lightness histogram of a picture [1, 1, h, w], as shares: [32], its steps smoothed over neighbours."""
-    place = guide.flatten() * (_BINS / 100) - 0.5
-    low = place.floor().clamp(-1, _BINS - 1)
-    share = place.clamp(-1, _BINS - 1) - low
-    counts = torch.zeros(_BINS + 2, device=guide.device)
-    counts.index_add_(0, low.long() + 1, 1 - share)
-    counts.index_add_(0, low.long() + 2, share)
-    return counts[:-1] / place.numel()
+    """The lightness histograms of pictures [B, 1, h, w], as shares: [B, 33], each pixel shared by its two steps."""
+    place = guide.flatten(1) * (_BINS / 100)
+    low = place.floor().clamp(0, _BINS - 1)
+    share = (place - low).clamp(0, 1)
+    counts = torch.zeros(len(guide), _BINS + 1, device=guide.device)
+    counts.scatter_add_(1, low.long(), 1 - share)
+    counts.scatter_add_(1, low.long() + 1, share)
+    return counts / place.shape[1]
 
 
 def features(guide: Tensor, moved: Tensor) -> Tensor:
-    """How a frame's lightness [1, 1, h, w] differs from that of the frame before, brought to its places by motion.
+    """How the lightness of frames [B, 1, h, w] differs from that of the frames before, brought to their places by
+    motion.
 
     Returns:
-        [4]: the histograms' distance (0 equal, 1 apart), the pictures' correlation, their mean difference in L, and
-        the contrast of the new one in L.
+        [B, 4]: how far apart the histograms are (the mover's distance, in L), the pictures' correlation, their mean
+        difference in L, and the contrast of the new one: its deviation in L.
     """
-    apart = (signature(guide) - signature(moved)).cumsum(0).abs().sum() * (100 / _BINS)  # the mover's distance, L units
-    a, b = guide - guide.mean(), moved - moved.mean()
-    spread = (a.square().mean() * b.square().mean()).sqrt().clamp_min(1e-6)
-    return torch.stack((apart, (a * b).mean() / spread, (guide - moved).abs().mean(), a.square().mean().sqrt()))
+    apart = (signature(guide) - signature(moved)).cumsum(1).abs().sum(1) * (100 / _BINS)
+    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (guide, moved))
+    spread = (a.square().mean(1) * b.square().mean(1)).sqrt().clamp_min(1e-6)
+    difference = (guide - moved).abs().flatten(1).mean(1)
+    return torch.stack((apart, (a * b).mean(1) / spread, difference, a.square().mean(1).sqrt()), 1)
 
 
 def is_cut(apart: float, alike: float, difference: float, contrast: float, after_blank: bool = False) -> bool:

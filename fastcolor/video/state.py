@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastcolor.video.motion import positions, read_at
 
@@ -36,8 +37,9 @@ class Evidence:
     hints: list[int] = field(default_factory=list)  # those of the frame before
 
 
-def gather(scores: Tensor, shares: tuple[float, float], places: Tensor, trust: Tensor | None) -> Tensor:
-    """Scores [2, h·w, C], mixed and read at places [1, 2, h, w], bilinear, times trust [1, 1, h, w]: [h·w, C]."""
+def gather(scores: Tensor, shares: Tensor, places: Tensor, trust: Tensor | None = None) -> Tensor:
+    """Scores [2, h·w, C], mixed by shares [2] and read at places [1, 2, h, w], bilinear, times trust [1, 1, h, w]:
+    [h·w, C]."""
     height, width = places.shape[-2:]
     x, y = places[0].flatten(1).unbind(0)  # [h·w]
     x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
@@ -45,20 +47,25 @@ def gather(scores: Tensor, shares: tuple[float, float], places: Tensor, trust: T
     fx, fy = x - x0, y - y0
     right, below = int(width > 1), width * int(height > 1)
     first = (y0 * width + x0).long()
-    index = torch.stack((first, first + right, first + below, first + right + below), 1)
+    index = torch.stack((first, first + right, first + below, first + right + below), 1)  # [h·w, 4]
     weight = torch.stack(((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx), 1)
     if trust is not None:
         weight = weight * trust.flatten()[:, None]
-    parts = [(index + which * len(index), weight * share) for which, share in enumerate(shares) if share > 0]
-    index, weight = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-    return torch.nn.functional.embedding_bag(index, scores.flatten(0, 1), mode="sum", per_sample_weights=weight)
+    index = torch.cat((index, index + height * width), 1)  # [h·w, 8]
+    weight = torch.cat((weight * shares[0], weight * shares[1]), 1)
+    # a sum of rows: ten times as fast as reading C planes at places between pixels
+    return F.embedding_bag(index, scores.flatten(0, 1), mode="sum", per_sample_weights=weight)
 
 
 def trusted(guide: Tensor, key_guide: Tensor, places: Tensor) -> Tensor:
     """How far pixels can take the scores of their places in the keyframe, 0 to 1, [1, 1, h, w]: less where the
     lightness is another, or the place outside the picture."""
-    residual = guide - read_at(key_guide, places)
-    residual = residual - residual.median()  # light that changes everywhere changes no colour
+    key = read_at(key_guide, places)
+    # light that changes everywhere, as in a fade, changes no colour: the best line is taken away
+    here, there = guide - guide.mean(), key - key.mean()
+    slope = (here * there).mean() / (there.square().mean() + 1)
+    residual = here - slope.clamp(0.7, 1.4) * there
+    residual = residual - residual.median()
     size = places.new_tensor(places.shape[:1:-1])[None, :, None, None]
     outside = torch.maximum(-places, places - size + 1).clamp_min(0).amax(1, keepdim=True)
     return torch.exp(-0.5 * ((residual.abs() - 3).clamp_min(0) / 6).square() - 0.5 * outside.square())
