@@ -152,13 +152,14 @@ def _ctrl_c(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _identity(weights: Path | None, options: dict[str, Any], video: Any) -> dict[str, Any]:
-    """What the colours depend on."""
-    from fastcolor.model.colorizer import BUNDLED
-
-    with open(weights or BUNDLED, "rb") as file:
-        digest = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
-    return {"fastcolor": __version__, "weights": digest, **options, **asdict(video)}
+def _identity(files: dict[str, Path | None], options: dict[str, Any], video: Any) -> dict[str, Any]:
+    """What the colours depend on; files by what is in them."""
+    digests = {}
+    for name, path in files.items():
+        if path is not None:
+            with open(path, "rb") as file:
+                digests[name] = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+    return {"fastcolor": __version__, **digests, **options, **asdict(video)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -202,6 +203,12 @@ def video(
     cuts: Annotated[
         Path | None, typer.Option(help="File with the numbers of frames that start a scene; found by default.")
     ] = None,
+    hints: Annotated[Path | None, typer.Option(help="JSON file of colors at places, in frames.")] = None,
+    palette: Annotated[Path | None, typer.Option(help="File of colors, #rrggbb in a line, that are kept to.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Picture or film whose proportions of colors are taken over.")
+    ] = None,
+    strength: Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Of palette and reference.")] = 1.0,
     weights: Annotated[
         Path | None, typer.Option(help="Weights of `fastcolor train` instead of the bundled ones.")
     ] = None,
@@ -234,7 +241,9 @@ def video(
     beside it. Every ten seconds of film are safe once they are made: after a
     crash or Ctrl-C, the same command with --resume goes on.
     """
+    from fastcolor.model.colorizer import BUNDLED
     from fastcolor.video.colorizer import VideoColorizer, VideoOptions
+    from fastcolor.video.control import ControlError, load_control
     from fastcolor.video.errors import VideoError
     from fastcolor.video.film import FilmOptions, colorize_film, parts_folder
 
@@ -266,14 +275,20 @@ def video(
         torch.set_num_threads(threads)
     colorizer = _load(weights, device, colour, ("luma_to_lightness", "mean_field", "render_uv"))
     try:
+        control = load_control(colorizer.bins, hints, palette, reference, strength)
+        control.unary(colorizer.bins, colorizer.checkpoint.prior, None)  # says what does not fit the network
+    except ControlError as error:
+        _refuse(str(error))
+    files = {"weights": weights or BUNDLED, "hints": hints, "palette": palette, "reference": reference}
+    try:
         reporter.start()
         with _ctrl_c(stop, reporter):
             summary = colorize_film(
                 source,
                 out,
-                lambda yuv: VideoColorizer(colorizer, yuv, how),
+                lambda yuv: VideoColorizer(colorizer, yuv, how, control),
                 options,
-                identity=_identity(weights, colour, how),
+                identity=_identity(files, colour | {"strength": strength}, how),
                 overwrite=overwrite,
                 resume=resume,
                 stop=stop,

@@ -390,7 +390,8 @@ class _Film:
         kept = ""
         if parts is not None and parts.parts:
             kept = f"; {parts.frames} finished frames are kept in {parts.folder}, --resume goes on with them"
-        return f"{self.target}: cannot be written ({reason}){kept}"
+        label = "standard output" if self.target == STREAM else self.target
+        return f"{label}: cannot be written ({reason}){kept}"
 
     # --- what happened ------------------------------------------------------------------------------------------------
 

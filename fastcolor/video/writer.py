@@ -192,17 +192,21 @@ class Copier:
         self.left_out: list[str] = []  # a line for each stream that the container cannot hold
         self.moved = 0  # packets whose timestamps did not rise
         self.end = 0.0  # seconds where the last packet ends
-        others = (s for s in reader.container.streams if s.index != reader.stream.index)
-        titles = bool(reader.container.chapters())  # QuickTime has a stream of their titles, which a muxer makes anew
         # by number: the reader may open its file anew
-        timecode = form in ("mov", "mp4")  # which it makes of the metadata
         self._chosen = [
             s.index
-            for s in others
-            if not (titles and s.type == "data" and s.name == "bin_data") and self._fits(s, form)
+            for s in reader.container.streams
+            if s.index != reader.stream.index and not self._is_made(s, form) and self._fits(s, form)
         ]
         self._streams: dict[int, av.stream.Stream] = {}
         self._last: dict[int, int] = {}
+
+    def _is_made(self, stream: av.stream.Stream, form: str) -> bool:
+        """Whether the muxer makes it by itself: QuickTime's streams of chapter titles and of the time code."""
+        if stream.type != "data":
+            return False
+        titles = stream.name == "bin_data" and self.reader.container.chapters()
+        return bool(titles) or ("timecode" in stream.metadata and form in ("mov", "mp4"))
 
     def _fits(self, stream: av.stream.Stream, form: str) -> bool:
         name = getattr(stream, "name", None) or (stream.codec_context.name if stream.codec_context else None)

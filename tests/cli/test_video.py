@@ -11,6 +11,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import typer
 from typer.testing import CliRunner
 from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_of, steady
 
+from fastcolor.bins import ColorBins
 from fastcolor.cli import app
 from fastcolor.model.checkpoint import Checkpoint, save_checkpoint
 from fastcolor.model.network import ColorNetwork, NetworkConfig
@@ -37,11 +39,14 @@ def made(monkeypatch):
     seen = {}
 
     class Stub(Counting):
-        def __init__(self, colorizer, yuv, options):
-            seen.update(colour=colorizer, video=options, yuv=yuv)
+        def __init__(self, colorizer, yuv, options, control):
+            seen.update(colour=colorizer.options, video=options, yuv=yuv, control=control)
             super().__init__(yuv)
 
-    monkeypatch.setattr(command, "_load", lambda weights, device, options, ops: options)
+    def load(weights, device, options, ops):
+        return SimpleNamespace(options=options, bins=ColorBins(), checkpoint=SimpleNamespace(prior=None))
+
+    monkeypatch.setattr(command, "_load", load)
     monkeypatch.setattr("fastcolor.video.colorizer.VideoColorizer", Stub)
     return seen
 
@@ -53,8 +58,12 @@ def run(*args):
 def test_name_options_and_summary(made):
     make_clip(Path("in.mkv"))
     Path("cuts.txt").write_text("[12,\n 3 3]\n")
+    Path("palette.txt").write_text("#ff0000\n#00ff00\n")
+    hint = {"x": 0.5, "y": 0.5, "ab": [10, 20], "frames": [2, 9]}
+    Path("hints.json").write_text(json.dumps({"hints": [hint]}))
     result = run(
         "in.mkv", "--codec", "ffv1", "--temporal", 0.25, "--keyframes", 7, "--no-motion", "--cuts", "cuts.txt",
+        "--palette", "palette.txt", "--hints", "hints.json", "--strength", 0.75,
         "--vividness", 0.5, "--start", "0:00.5", "--stats", "sub/stats.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -64,7 +73,10 @@ def test_name_options_and_summary(made):
     assert (how.temporal, how.keyframes, how.motion, how.cuts) == (0.25, 7, False, (3, 12))
     assert made["colour"]["vividness"] == 0.5 and made["yuv"].matrix == "bt601"
     assert json.loads(Path("sub/stats.json").read_text())["frames"] == 18
-    assert sorted(p.name for p in Path().iterdir()) == ["cuts.txt", "in-color.mkv", "in.mkv", "sub"]
+    control = made["control"]
+    assert control.strength == 0.75 and len(control.palette) == 2 and control.hints[0].first == 2
+    names = ["cuts.txt", "hints.json", "in-color.mkv", "in.mkv", "palette.txt", "sub"]
+    assert sorted(p.name for p in Path().iterdir()) == names
 
 
 @pytest.mark.parametrize(
@@ -78,6 +90,8 @@ def test_name_options_and_summary(made):
         (["in.mkv", "--cuts", "none.txt"], 2, "--cuts none.txt: cannot be read"),
         (["in.mkv", "--cuts", "in.txt"], 2, "'b' is not the number of a frame"),
         (["in.mkv", "--codec", "h266"], 1, "no such video encoder; there are libx264"),
+        (["in.mkv", "--hints", "in.txt"], 2, "in.txt"),
+        (["in.mkv", "--reference", "none.png"], 2, "none.png: no such file"),
         (["-"], 2, "--out: is needed for -"),
         (["in.txt", "-o", "a.mp4"], 1, "error: in.txt: cannot be read as a film"),
     ],
