@@ -14,10 +14,11 @@ from fastcolor.cli.export import export
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
 from fastcolor.cli.train import TrainCommand, train
+from fastcolor.cli.video import video
 
 app = typer.Typer(
     name="fastcolor",
-    help="Colorize photographs, and train the model that does it.",
+    help="Colorize photographs and film, and train the model that does it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -41,6 +42,7 @@ def _root(
 
 
 app.command()(colorize)
+app.command()(video)
 app.command(cls=TrainCommand)(train)
 app.command()(pack)
 app.command("eval")(evaluate)
