@@ -1,8 +1,8 @@
-"""How calm a film's colours are, and what that costs: every frame by itself beside the field through time, with
+"""How calm a film's colours are, and what that costs: every frame by itself beside the ways through time, with
 keyframes, with and without motion.
 
-`python -m benchmarks.flicker [CLIP] [--photo FILE] [--weights FILE] [--frames N] [--only METHOD,...] [--json FILE]
-[--slices FOLDER] [--row Y]`
+`python -m benchmarks.flicker [CLIP] [--photo FILE] [--weights FILE] [--vividness 0..1] [--frames N] [--films F,...]
+[--only METHOD;...] [--json FILE] [--slices FOLDER] [--row Y]`
 
 Three films, each made grey, coloured and compared with itself: a clip, a window that pans over a photo, and a photo
 that stands still under noise. A figure of calm means nothing by itself, since grey is the calmest: all are given
@@ -35,12 +35,13 @@ from fastcolor.video.colorizer import VideoColorizer, VideoOptions
 
 METHODS = {
     "alone": VideoOptions(temporal=0, keyframes=1),
-    "through time": VideoOptions(keyframes=1),
-    "through time, no motion": VideoOptions(keyframes=1, motion=False),
-    "keyframes 8, nothing kept": VideoOptions(temporal=0, keyframes=8),
-    "keyframes 8": VideoOptions(keyframes=8),
-    "keyframes auto": VideoOptions(),
-    "keyframes auto, no motion": VideoOptions(motion=False),
+    "frame before in the field": VideoOptions(temporal=0, keyframes=1, bond=10),
+    "scores kept": VideoOptions(keyframes=1),
+    "scores kept, no motion": VideoOptions(keyframes=1, motion=False),
+    "keyframes, nothing kept": VideoOptions(temporal=0),
+    "keyframes (default)": VideoOptions(),
+    "keyframes, no motion": VideoOptions(motion=False),
+    "keyframes, frame before too": VideoOptions(bond=1),
 }
 
 

@@ -135,7 +135,7 @@ class VideoColorizer:
         self._hinted: tuple = (None, None)  # the last hints, and their unary
         self._unary = None
         if control is not None:
-            unary = control.unary(colorizer.bins, colorizer.checkpoint.prior, colorizer._unary)
+            unary = control.unary(colorizer.bins, colorizer.checkpoint.prior, colorizer.options.vividness)
             self._unary = None if unary is None else unary.to(colorizer.device)
         self.reset()
 
