@@ -180,6 +180,19 @@ def choose(op: str, device: torch.device) -> Choice:
     raise BackendError("; ".join(reasons))
 
 
+def left_to_reference(op: str, device: torch.device, why: str) -> None:
+    """The reference takes what kernels do not: an error where others were asked for, a word in the log where none was.
+
+    Raises:
+        BackendError: backends were asked for, and the reference is not among them.
+    """
+    wished = forced()
+    if wished and "reference" not in wished:
+        raise BackendError(f"{op} cannot run on backend {wished[0]!r}: {why} (ask for '{wished[0]},reference')")
+    if not wished and not torch.compiler.is_compiling():
+        say_once(op, device.type, why)
+
+
 @contextmanager
 def stream(device: torch.device) -> Iterator[int]:
     """The current stream of a CUDA device, which is the current device inside."""

@@ -258,12 +258,6 @@ struct Luma {
   }
 };
 
-// A level that was brought to its range; nan becomes 0.
-template <typename S>
-__device__ S level_of(float x) {
-  return S(int32_t(x == x ? x : 0.0f));
-}
-
 template <int N, typename T, typename S>
 __device__ void chroma_at(const Scene<T>& scene, const Luma<S>& luma, const UvJob& job, int64_t image, int64_t i,
                           S (&u)[N], S (&v)[N]) {
@@ -276,7 +270,7 @@ __device__ void chroma_at(const Scene<T>& scene, const Luma<S>& luma, const UvJo
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     const Chroma c = chroma_of(job, y[k], L[k], a[k], b[k]);
-    u[k] = level_of<S>(c.u), v[k] = level_of<S>(c.v);
+    u[k] = S(int32_t(c.u)), v[k] = S(int32_t(c.v));
   }
 }
 

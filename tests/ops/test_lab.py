@@ -518,3 +518,19 @@ def test_errors_say_what_came():
         fastcolor.lab_to_rgb(torch.zeros(3, 4, 5), dtype=torch.int32)
     with pytest.raises(ValueError, match="gamut must be one of clip, preserve_lightness; got 'cut'"):
         fastcolor.lab_to_rgb(torch.zeros(3, 4, 5), gamut="cut")
+
+
+@cpp
+def test_a_wish_that_cannot_be_met():
+    rgb = torch.rand(3, 4, 5)
+    with fastcolor.use_backend("cpp"):
+        for wrong in (
+            lambda: fastcolor.rgb_to_lab(rgb.double()),
+            lambda: fastcolor.rgb_to_lab(rgb, dtype=torch.float64),
+            lambda: fastcolor.lab_to_rgb(rgb.double()),
+        ):
+            with pytest.raises(fastcolor.BackendError, match="cannot run on backend 'cpp': float64 is computed on the"):
+                wrong()
+        assert fastcolor.lab_to_rgb(rgb, dtype=torch.float64).dtype == torch.float64  # a float32 result, widened
+    with fastcolor.use_backend("cpp", "reference"):
+        assert fastcolor.rgb_to_lab(rgb.double()).dtype == torch.float64
