@@ -151,10 +151,15 @@ def choose(op: str, device: torch.device) -> Choice:
     Raises:
         BackendError: every backend that was asked for is absent, on another device, or lacks the operation.
     """
+    return _choose(op, device, _forced)
+
+
+@cache  # on small pictures the search would take as long as the kernel
+def _choose(op: str, device: torch.device, wished: tuple[str, ...]) -> Choice:
     native("_cpu")  # looks at FASTCOLOR_SIMD
     if _environment_error is not None:
         raise BackendError(_environment_error)
-    wished, offers = forced(), OFFERS[op]
+    offers = OFFERS[op]
     reasons = []
     for name in wished or offers:
         if name not in offers:
