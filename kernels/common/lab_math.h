@@ -115,7 +115,7 @@ FC_INLINE float lab_f_slope(float t) {
 FC_INLINE float lab_f_inverse(float f) { return f > kInverseKnee ? f * f * f : (f - kOffset) * (1.0f / kSlope); }
 FC_INLINE float lab_f_inverse_slope(float f) { return f > kInverseKnee ? 3.0f * f * f : 1.0f / kSlope; }
 
-// sRGB transfer, both ways, and the slopes. Max absolute error 2e-6 on [0, 1] (test_lab.py: test_power_bound).
+// sRGB transfer, both ways, and the slopes. Max absolute error 2e-6 on [0, 1] (test_lab.py: test_transfer_bound).
 FC_INLINE float srgb_to_linear(float c) {
   const float x = c > 0.04045f ? c : 1.0f;
   return c > 0.04045f ? power((x + 0.055f) * (1.0f / 1.055f), 2.4f) : c * (1.0f / 12.92f);

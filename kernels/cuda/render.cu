@@ -106,7 +106,7 @@ __device__ void upsample(const Scene<T>& scene, int64_t image, int32_t y, int32_
     };
     const float w0 = weight(left.guide[0], high * ahead), w1 = weight(right.guide[0], high * behind);
     const float w2 = weight(left.guide[1], low * ahead), w3 = weight(right.guide[1], low * behind);
-    const float scale = __fdividef(1.0f, (w0 + w1) + (w2 + w3));
+    const float scale = __fdividef(1.0f, (w0 + w1) + (w2 + w3));  // within 2 units in the last place; weights < 2^126
     a[i] = scale * ((w0 * left.a[0] + w1 * right.a[0]) + (w2 * left.a[1] + w3 * right.a[1]));
     b[i] = scale * ((w0 * left.b[0] + w1 * right.b[0]) + (w2 * left.b[1] + w3 * right.b[1]));
   }
