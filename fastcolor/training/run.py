@@ -105,7 +105,7 @@ class Run:
         if state is not None:
             self._take_over_learning(state)
         if config.compile:
-            self.task.compile()
+            self.task.compile({int(n) for n in self.batches.counts(0)})
         self.learner = self.task
         if team.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
