@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Average:
     """Exponential moving average of all weights and statistics of a module, on its device.
 
-    After update n (from 0) the decay is min(decay, (1 + n) / (10 + n)): the average spans a tenth of the steps so far,
-    and at most 1 / (1 − decay) of them.
+    After update n (from 0) the decay is min(decay, (1 + n) / (10 + n)): the average spans about a ninth of the steps so
+    far, and at most 1 / (1 − decay) of them.
 
     Args:
         module: copied as it is, weights included.

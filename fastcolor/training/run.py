@@ -105,7 +105,7 @@ class Run:
         if state is not None:
             self._take_over_learning(state)
         if config.compile:
-            self.task.compile()
+            self.task.compile({int(n) for n in self.batches.counts(0)})
         self.learner = self.task
         if team.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
@@ -431,7 +431,13 @@ class Run:
         changed = self.config.differences({"ema": self.config.ema, **state["config"]})
         if changed:
             raise TrainingError(f"{path}: cannot resume with other options: {'; '.join(changed)}")
-        if state["data"] != self.photos.fingerprint or state.get("classes", []) != list(self.photos.classes):
+        classes = state.get("classes", [])
+        if classes != list(self.photos.classes):
+            found = f"{len(classes)} classes, the data folder has {len(self.photos.classes)}"
+            raise TrainingError(
+                f"{path}: cannot resume, the run has {found}" + ("" if classes else "; try --classes none")
+            )
+        if state["data"] != self.photos.fingerprint:
             raise TrainingError(f"{path}: cannot resume, the usable images in the data folder are not those of the run")
         return state
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from fastcolor.training.config import TrainConfig
-from fastcolor.training.data import EpochBatches
+from fastcolor.training.data import EpochBatches, find_photos
 from fastcolor.training.distributed import ALONE, SharedBatchNorm2d, share_norms, team
 from fastcolor.training.loop import train
+from fastcolor.training.sources import pack
 
 # a low rate: Adam's first steps are signs of gradients, and magnify their last bits
 TINY = TrainConfig(size=64, epochs=2, batch_size=4, lr=1e-4, warmup=0, workers=0, device="cpu", val_share=0.25)
@@ -42,6 +43,10 @@ def torchrun(data, config, tmp_path, *arguments, processes=2):
 )
 def test_two_processes_train_as_one(photos, tmp_path, options):
     """The same images, losses and steps; batch normalization is over the images of both."""
+    if options:
+        files = find_photos(photos)[0]
+        photos, root = tmp_path / "packed", photos
+        assert pack({"all": files}, root, photos, 72).finished
     one = train(photos, replace(TINY, out=str(tmp_path / "one"), **options))
     process = torchrun(photos, replace(TINY, out=str(tmp_path / "two"), **options), tmp_path)
     output, _ = process.communicate(timeout=240)

@@ -266,6 +266,7 @@ def test_resumes_runs_that_know_no_field(photos, tmp_path):
     train(photos, config)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     del state["field"], state["config"]["mrf_sweeps"], state["config"]["init"]
+    del state["average"], state["scaler"], state["classes"], state["config"]["ema"], state["config"]["classes"]
     torch.save(state, tmp_path / "run" / "state.pt")
     with pytest.raises(TrainingError, match="mrf_sweeps was 0, is 2"):
         Run(photos, replace(config, resume=True, mrf_sweeps=2), Silent())
@@ -487,10 +488,18 @@ def test_weights_that_are_no_numbers_are_not_saved(photos, tmp_path):
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_compiled_training_is_the_same(photos, tmp_path):
-    plain, compiled = (
-        train(photos, replace(TINY, compile=c, out=str(tmp_path / str(c)))).history for c in (False, True)
-    )
-    for a, b in zip(plain, compiled, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch):
+    """Traced and taken apart into forward and backward as for any backend, but run by PyTorch: no compiler to wait for.
+    The last batch of an epoch, one image of nine, is not compiled."""
+    plain = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "plain"))).history
+    compile, calls = torch.compile, []
+
+    def traced(function, **options):
+        fast = compile(function, backend="aot_eager", **options)
+        return lambda x: calls.append(len(x)) or fast(x)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    compiled = train(photos, replace(TINY, epochs=1, compile=True, out=str(tmp_path / "compiled"))).history
+    assert calls == [4, 4]
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-4)
+    assert compiled[0]["val_loss"] == pytest.approx(plain[0]["val_loss"], rel=1e-3)
