@@ -34,8 +34,8 @@ from fastcolor.model.network import ColorNetwork, pool_to
 from fastcolor.ops.head_cross_entropy import head_cross_entropy
 from fastcolor.training.color import split_lab
 from fastcolor.training.config import TrainConfig, autocast
-from fastcolor.training.run import Run
 from fastcolor.training.report import Silent, Stop
+from fastcolor.training.run import Run
 from fastcolor.training.sources import pack
 
 from . import timing
@@ -136,6 +136,9 @@ class Reference:
         self.network, self.device = ColorNetwork().to(device).train(), device
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
 
+    def network_parameters(self) -> Iterator[Tensor]:
+        return self.network.parameters()
+
     def loss(self, logits: Tensor, ab: Tensor) -> Tensor:
         return F.cross_entropy(logits, dense_targets(pool_to(ab, self.network.stride)))
 
@@ -179,6 +182,9 @@ class Ours:
         )  # fmt: skip
         self.run = Run(data, self.config, Silent())
         self.device = device
+
+    def network_parameters(self) -> Iterator[Tensor]:
+        return self.run.network.parameters()
 
     def epoch(self) -> None:
         self._next()
@@ -311,9 +317,8 @@ def pipelines(size: int, batch: int, photos: int, options) -> Iterator[dict]:
         made: dict = {}
         for source, where in (("pack", packed), ("JPEG", data)):
             for precision in ("bf16", "fp32"):
-                made[f"fastcolor, {source}, {precision}"] = Ours(
-                    where, Path(place, source, precision), precision, common
-                )
+                out = Path(place, source, precision)
+                made[f"fastcolor, {source}, {precision}"] = Ours(where, out, precision, *common)
         made["reference pipeline, JPEG, fp32"] = Reference(data, *common)
         made["difference"] = loss_difference(ColorNetwork(), data, size)
         try:
