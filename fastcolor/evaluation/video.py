@@ -1,4 +1,4 @@
-"""How steady the colours of a film are. A lower figure is steadier, and nothing flickers less than grey: so each is given
+"""How steady the colours of a film are. Lower is steadier, and nothing flickers less than grey: so each figure is given
 beside the truth's own, and beside colourfulness."""
 
 from __future__ import annotations
