@@ -78,9 +78,16 @@ class Model:
 
 
 def load_models(
-    weights: Sequence[Path], vividness: Sequence[float], device: str = "auto", size: int | None = None, mrf: bool = True
+    weights: Sequence[Path],
+    vividness: Sequence[float],
+    device: str = "auto",
+    size: int | None = None,
+    mrf: bool | None = True,
 ) -> list[Model]:
     """Weights of `fastcolor train`, or the bundled ones where the list is empty, ready to be compared.
+
+    Args:
+        mrf: whether the mean field makes colours agree; None compares with and without.
 
     Raises:
         CheckpointError, DeviceError: as `Colorizer.load`. EvaluationError: vividness where a checkpoint has no prior.
@@ -88,7 +95,7 @@ def load_models(
     models = []
     paths = list(weights) or [BUNDLED]
     for path, name in zip(paths, short_names(paths), strict=True):
-        colorizer = Colorizer.load(path, device, size=size, mrf=mrf, vividness=0)
+        colorizer = Colorizer.load(path, device, size=size, mrf=mrf is not False, vividness=0)
         levels = list(dict.fromkeys(vividness))
         if colorizer.bins is None:
             levels = [0.0]
@@ -97,6 +104,8 @@ def load_models(
                 f"{path}: has no colour statistics of its training set, which vividness needs; --vividness 0 does not"
             )
         models.append(Model(name, path, colorizer, levels))
+        if mrf is None and colorizer.bins is not None:
+            models.append(Model(f"{name}, no field", path, colorizer.with_options(mrf=False), levels))
     return models
 
 
