@@ -25,6 +25,7 @@ def evaluate(
         int | None, typer.Option(min=16, max=4096, help="Short side that networks see; the checkpoint's by default.")
     ] = None,
     mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")] = True,
+    mrf_both: Annotated[bool, typer.Option("--mrf-both", help="With and without, beside each other.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
     side: Annotated[
         int | None, typer.Option(min=11, help="Shrink larger pictures to this short side first; none by default.")
@@ -64,7 +65,7 @@ def evaluate(
         _refuse(f"{data}: weights; the folder of photos comes last: fastcolor eval [WEIGHTS]... DATA")
     with ProgressReporter() as reporter:
         try:
-            models = load_models(weights, levels, device, size, mrf)
+            models = load_models(weights, levels, device, size, None if mrf_both else mrf)
             found = run(
                 models, data, limit=limit, side=side, batch_size=batch_size, pictures=html_file is not None,
                 stage=reporter.stage, advance=reporter.advance, say=reporter.say,

@@ -32,7 +32,7 @@ def export(
 
     The ONNX graph goes from lightness "L" [B, 1, H, W] (CIE L*, 0 to 100) to colors "ab" [B, 2, H/4, W/4]: the network,
     the vividness, the sweeps of the mean field one after the other, and the annealed mean. onnxruntime runs it and is
-    compared with PyTorch before the file gets its name. It needs pip install 'fastcolor[onnx]'.
+    compared with PyTorch before the file gets its name. It needs the extra "onnx".
     """
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.colorizer import BUNDLED

@@ -159,6 +159,15 @@ def test_vividness_needs_a_prior(tmp_path):
     assert load_models([path], [0])[0].vividness == [0]
 
 
+def test_with_and_without_the_field(tmp_path, photos):
+    found = evaluate(load_models([weights(tmp_path)], [0.5], "cpu", mrf=None), photos, limit=2)
+    (on,), (off,) = rows_of(found, "model"), rows_of(found, "model, no field")
+    assert on["field"] is True and off["field"] is False and on["colorfulness"] != off["colorfulness"]
+    assert on["bin_cross_entropy"] == off["bin_cross_entropy"] and off["bin_cross_entropy_field"] is None
+    alone = evaluate(load_models([weights(tmp_path)], [0.5], "cpu", mrf=False), photos, limit=2)
+    assert rows_of(alone, "model")[0]["psnr"] == off["psnr"]
+
+
 def test_packs_and_tars_give_the_same(tmp_path, photos):
     for name in ("grey.png", "broken.jpg", "small.png"):
         (photos / name).unlink()
