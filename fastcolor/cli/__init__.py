@@ -9,9 +9,11 @@ import typer
 from fastcolor._version import __version__
 from fastcolor.cli.bench import bench
 from fastcolor.cli.colorize import colorize
+from fastcolor.cli.eval import evaluate
+from fastcolor.cli.export import export
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
-from fastcolor.cli.train import train
+from fastcolor.cli.train import TrainCommand, train
 
 app = typer.Typer(
     name="fastcolor",
@@ -39,8 +41,10 @@ def _root(
 
 
 app.command()(colorize)
-app.command()(train)
+app.command(cls=TrainCommand)(train)
 app.command()(pack)
+app.command("eval")(evaluate)
+app.command()(export)
 app.command()(info)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 

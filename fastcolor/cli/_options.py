@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 
 def options_from(config: type) -> Callable[[Callable], Callable]:
     """Gives a command one option for each field of a dataclass; the command gets them as one `config` argument.
 
-    Help texts come from the fields' metadata, types and defaults from the fields themselves.
+    Help texts and panels come from the fields' metadata, types and defaults from the fields themselves.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -24,7 +25,10 @@ def options_from(config: type) -> Callable[[Callable], Callable]:
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=f.default,
-                annotation=Annotated[hints[f.name], typer.Option(help=f.metadata.get("help", ""))],
+                annotation=Annotated[
+                    hints[f.name],
+                    typer.Option(help=f.metadata.get("help", ""), rich_help_panel=f.metadata.get("panel")),
+                ],
             )
             for f in fields(config)
         ]
@@ -38,3 +42,25 @@ def options_from(config: type) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def command_with_optional_value(name: str, values: Sequence[str], alone: str) -> type[TyperCommand]:
+    """A command whose option `name` may stand without a value, which then is `alone`: typer knows no such option.
+
+    Args:
+        values: words that are taken as the option's value where they follow it.
+    """
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx, args: list[str]) -> list[str]:
+            given, at = list(args), 0
+            while at < len(given) and given[at] != "--":
+                if given[at] == name:
+                    follows = given[at + 1] if at + 1 < len(given) else None
+                    given[at : at + (2 if follows in values else 1)] = [
+                        f"{name}={follows if follows in values else alone}"
+                    ]
+                at += 1
+            return super().parse_args(ctx, given)
+
+    return Command

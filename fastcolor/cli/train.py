@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from fastcolor.cli._options import options_from
-from fastcolor.training.config import TrainConfig
+from fastcolor.cli._options import command_with_optional_value, options_from
+from fastcolor.training.config import RESUME, ConfigError, TrainConfig, read_options
 
 _LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
@@ -19,11 +19,11 @@ _LINE_EVERY = 30.0  # seconds between lines of progress where there is no termin
 class ProgressReporter:
     """Shows a run as one progress bar for each stage, and lines between them."""
 
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console()
+        self.console = Console(quiet=quiet)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -65,38 +65,57 @@ class ProgressReporter:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+TrainCommand = command_with_optional_value("--resume", RESUME, "yes")
+
+
 @options_from(TrainConfig)
 def train(
     context: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Folder of images, nested or not, or with train/ and val/ inside.")],
     config: TrainConfig,
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder of images, nested or not, or with train/ and val/ inside.")
+    ] = None,
+    options: Annotated[
+        Path | None,
+        typer.Option("--config", help="Options by name in a .toml file, or a run's config.json; flags come before it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what model, data and memory would be, and write nothing.")
+    ] = False,
 ) -> None:
     """Train a model on a folder of photos.
 
     The run folder (--out) gets model.safetensors for `fastcolor colorize --weights`, state.pt for --resume, a grid of
     samples each epoch (grey, prediction, truth), history.jsonl and TensorBoard events. Ctrl-C saves; --resume goes on
-    exactly there.
+    exactly there. Several GPUs: torchrun --no-python --nproc-per-node 4 fastcolor train ...
     """
     import torch
 
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
     from fastcolor.ops._backend import BackendError
-    from fastcolor.training.config import ConfigError
+    from fastcolor.training import loop
     from fastcolor.training.data import DataError
-    from fastcolor.training.loop import TrainingError
-    from fastcolor.training.loop import train as run
+    from fastcolor.training.distributed import is_lead
+    from fastcolor.training.plan import dry_run as plan
+    from fastcolor.training.state import TrainingError
 
     expected = (
         ConfigError, DataError, TrainingError, CheckpointError, DeviceError, BackendError, ImportError, OSError,
         torch.OutOfMemoryError,
     )  # fmt: skip
-    with ProgressReporter() as reporter:
+    lead = is_lead()
+    with ProgressReporter(quiet=not lead) as reporter:
         try:
-            result = run(data, _as_before(config, context) if config.resume else config, reporter)
+            config, data = _merged(config, context, options, data)
+            if dry_run:
+                plan(data, config, reporter)
+                return
+            result = loop.train(data, config, reporter)
         except expected as error:
             reporter.progress.stop()
-            typer.echo(f"error: {error}", err=True)
+            number = "" if lead else f" (process {os.environ['RANK']})"
+            typer.echo(f"error: {error}{number}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             reporter.progress.stop()
@@ -104,19 +123,24 @@ def train(
             raise typer.Exit(130) from None
     if not result.finished:
         raise typer.Exit(130)
-    weights = result.out / "model.safetensors"
-    typer.echo(f"{weights} is ready: fastcolor colorize PHOTO --weights {weights}")
+    if lead:
+        use = "fastcolor train PHOTOS --backbone" if config.task == "classify" else "fastcolor colorize PHOTO --weights"
+        typer.echo(f"{result.model} is ready: {use} {result.model}")
 
 
-def _as_before(config: TrainConfig, context: typer.Context) -> TrainConfig:
-    """The options that --out was started with, but for those given now."""
-    path = Path(config.out) / "config.json"
-    if not path.exists():
-        return config  # the run itself says what is missing
-    try:
-        before = json.loads(path.read_text())
-    except ValueError:
-        return config
+def _merged(
+    config: TrainConfig, context: typer.Context, options: Path | None, data: Path | None
+) -> tuple[TrainConfig, Path]:
+    """The options and the data folder: flags first, then the --config file, then those of the run that is resumed."""
     given = {f.name for f in fields(config) if context.get_parameter_source(f.name).name != "DEFAULT"}
-    kept = {f.name: before[f.name] for f in fields(config) if f.name in before and f.name not in given}
-    return replace(config, **kept)
+    found = {} if options is None else read_options(options)
+    config = replace(config, **{k: v for k, v in found.items() if k != "data" and k not in given})
+    before = Path(config.out) / "config.json"
+    if config.resume in ("yes", "auto") and before.exists():
+        found = {**read_options(before), **found}
+        kept = {k: v for k, v in found.items() if k not in given | {"data", "out", "resume"}}
+        config = replace(config, **kept)
+    folder = data or found.get("data")
+    if not folder:
+        raise ConfigError("data is missing: name the folder of images, on the command line or in --config")
+    return config, Path(folder)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pyvips
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".webp"})
+_JPEG = frozenset({".jpg", ".jpeg", ".jpe"})
+SUFFIXES = _JPEG | frozenset({".png", ".tif", ".tiff", ".webp"})
 
 
 class ImageError(ValueError):
@@ -73,6 +75,9 @@ def _open(path: Path, page: int, shrink: int) -> pyvips.Image:
             raise ImageError(f"{path}: is a folder, expected an image file")
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty")
+        if shrink > 1 and path.suffix.lower() in _JPEG:
+            with suppress(pyvips.Error):  # a file of another kind under this name, or a broken one: as any other
+                return pyvips.Image.jpegload(str(path), shrink=shrink, fail_on="truncated", access="sequential")
         # a truncated file is an error, never a picture with a grey half
         image = pyvips.Image.new_from_file(str(path), fail_on="truncated", access="sequential")
         if page != 0 and image.get_n_pages() > 1:

@@ -53,6 +53,24 @@ class ColorizeOptions:
                 raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
 
+def vividness_unary(checkpoint: Checkpoint, vividness: float) -> Tensor | None:
+    """α log w, [1, K, 1, 1] float32, w the rebalancing weights of the training set; None where nothing is added.
+
+    Raises:
+        CheckpointError: the checkpoint has no prior.
+    """
+    config = checkpoint.network.config
+    if config.head != "distribution" or vividness == 0:
+        return None
+    if checkpoint.prior is None:
+        raise CheckpointError(
+            "vividness needs the colour statistics of the training set, which the checkpoint does not have; "
+            "use vividness=0"
+        )
+    weights = config.bins.rebalancing_weights(checkpoint.prior)
+    return (vividness * weights.log()).float()[None, :, None, None]
+
+
 class Colorizer:
     """Colorizes pictures with one network.
 
@@ -71,13 +89,9 @@ class Colorizer:
         self.bins = config.bins if config.head == "distribution" else None
         self.size = self.options.size or int(checkpoint.notes.get("size", 256))
         self.field = {**FIELD, **checkpoint.mrf}  # as it was trained with the network, where it was
-        self._unary = None
-        if self.bins is not None and self.options.vividness > 0:
-            if checkpoint.prior is None:
-                raise CheckpointError("vividness needs the colour statistics of the training set, which the checkpoint "
-                                      "does not have; use vividness=0")  # fmt: skip
-            weights = self.bins.rebalancing_weights(checkpoint.prior)
-            self._unary = (self.options.vividness * weights.log()).float().to(self.device)[None, :, None, None]
+        self._unary = vividness_unary(checkpoint, self.options.vividness)
+        if self._unary is not None:
+            self._unary = self._unary.to(self.device)
 
     @classmethod
     def from_pretrained(cls, device: torch.device | str = "auto", **options) -> Colorizer:

@@ -92,9 +92,20 @@ class ColorNetwork(nn.Module):
 
     def features(self, L: Tensor) -> Tensor:
         """What the last layer of the distribution head sees, [B, 64, ⌈H/4⌉, ⌈W/4⌉]: for `head_cross_entropy`."""
+        return self.features_with_classes(L)[0]
+
+    def features_with_classes(self, L: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`features`, and the class scores [B, classes] where the network has a classifier."""
         if self.config.head != "distribution":
             raise ValueError(f"features are those of the distribution head, this network has {self.config.head!r}")
-        return self._cut(self._features(L)[0], L)
+        x, scores = self._features(L)
+        return self._cut(x, L), scores
+
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters that nothing is computed from: those of layer3 and layer4 without fusion and classifier."""
+        if self.fuse_global is not None or self.backbone.fc is not None:
+            return []
+        return [*self.backbone.layer3.parameters(), *self.backbone.layer4.parameters()]
 
     def _cut(self, x: Tensor, L: Tensor) -> Tensor:
         return x[..., : -(-L.shape[-2] // self.stride), : -(-L.shape[-1] // self.stride)]

@@ -3,7 +3,7 @@
 A photo inside another file has a path that says all that is needed to read it, so that lists of photos are lists of
 paths whatever they are, and workers need no index:
 
-    shards/00000.tar!1536:48213!0001.jpg          bytes 1536 to 1536 + 48213 of the tar file
+    shards/00000.tar!1536:48213!a/0001.jpg        bytes 1536 to 1536 + 48213 of the tar file
     packed/train/00000.bin!0:288:384!a/0001.jpg   288 × 384 pixels of RGB from byte 0 on
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PACK = "pack.json"
 VERSION = 1
-_INSIDE = re.compile(r"(?P<file>.*\.(?:tar|bin))!(?P<place>[0-9:]+)!(?P<name>.*)", re.DOTALL)
+_INSIDE = re.compile(r"(?P<file>.*?\.(?:tar|bin))!(?P<place>[0-9:]+)!(?P<name>.*)", re.DOTALL)
 _BATCH = 64  # photos that are decoded together
 _SPLITS = ("train", "val", "all")
 GREY = "greyscale: no colour to learn from"
@@ -51,25 +51,42 @@ def open_photo(path: str | Path, *, shrink: int = 1) -> pyvips.Image:
     inside = _INSIDE.fullmatch(str(path))
     if inside is None:
         return open_file(path, shrink=shrink)
-    file, name = inside["file"], f"{inside['file']}!{inside['name']}"
-    place = [int(n) for n in inside["place"].split(":")]
+    if inside["file"].endswith(".bin"):
+        pixels = _packed_pixels(inside)
+        image = libvips().Image.new_from_memory(pixels.reshape(-1).data, pixels.shape[1], pixels.shape[0], 3, "uchar")
+        return image.copy(interpretation="srgb")
+    name = f"{inside['file']}!{inside['name']}"
+    start, size = (int(n) for n in inside["place"].split(":"))
     try:
-        if file.endswith(".tar"):
-            start, size = place
-            return open_bytes(os.pread(_handle(file), size, start), name, shrink=shrink)
-        start, height, width = place
+        return open_bytes(os.pread(_handle(inside["file"]), size, start), name, shrink=shrink)
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or error}") from error
+
+
+def _packed_pixels(inside: re.Match) -> np.ndarray:
+    """[H, W, 3] uint8 in a shard that is mapped into memory, of a path that `_INSIDE` matched."""
+    file, name = inside["file"], f"{inside['file']}!{inside['name']}"
+    start, height, width = (int(n) for n in inside["place"].split(":"))
+    try:
         pixels = _mapped(file)[start : start + 3 * height * width]
     except OSError as error:
         raise ImageError(f"{name}: {error.strerror or error}") from error
     if len(pixels) < 3 * height * width:
         raise ImageError(f"{name}: the file ends before these pixels do")
-    image = libvips().Image.new_from_memory(pixels.data, width, height, 3, "uchar")
-    return image.copy(interpretation="srgb")
+    return pixels.reshape(height, width, 3)
 
 
-def read_photo(path: str | Path, wanted: float) -> pyvips.Image:
+def read_pixels(path: str | Path, wanted: float, grey: bool = False) -> np.ndarray:
+    """`read_photo` as pixels [H, W, 3] uint8, not to be written to: those of a pack are the file itself."""
+    inside = _INSIDE.fullmatch(str(path))
+    if inside is not None and inside["file"].endswith(".bin"):
+        return _packed_pixels(inside)
+    return read_photo(path, wanted, grey).numpy()
+
+
+def read_photo(path: str | Path, wanted: float, grey: bool = False) -> pyvips.Image:
     """A colour photo upright in 8-bit sRGB, in memory; decoded at a fraction of its size where the format allows it and
-    a short side of `wanted` pixels is left.
+    a short side of `wanted` pixels is left. `grey`: photos without colour are taken too.
 
     Raises:
         ImageError: missing, empty, not an image, or without colour. pyvips.Error: pixels that are broken.
@@ -84,9 +101,25 @@ def read_photo(path: str | Path, wanted: float) -> pyvips.Image:
     if image.format == "ushort":
         image = image.colourspace("srgb")
     image = image.copy_memory()
+    if grey:
+        return image.bandjoin([image, image]) if image.bands == 1 else image
     if image.bands == 1 or is_grey(image.numpy()):
         raise ImageError(GREY)
     return image
+
+
+def class_of(path: Path, root: Path) -> str:
+    """The class of a photo: its folder below `root`, or inside its tar file or pack, as "airfield" or "a/airfield"; ""
+    for one that lies in none."""
+    inside = _INSIDE.fullmatch(str(path))
+    if inside is None:
+        folder = path.relative_to(root).parent
+    else:
+        folder = Path(inside["name"].rpartition("!")[2]).parent
+        # a pack of train/ and val/ keeps these two in the names
+        if folder.parts[:1] == (Path(inside["file"]).parent.name,) and folder.parts[0] in _SPLITS:
+            folder = Path(*folder.parts[1:])
+    return "" if folder == Path() else folder.as_posix()
 
 
 def fingerprint(files: Sequence[Path]) -> str:
@@ -112,8 +145,12 @@ def _mapped(file: str) -> np.ndarray:
 
 def is_grey(pixels: np.ndarray) -> bool:
     """Whether the channels [H, W, 3] differ by no more than rounding does."""
-    rest = pixels[..., 1:].astype(np.int16)
-    return bool((np.abs(rest - pixels[..., :1]) <= _GREY_LEVELS).all())
+
+    def grey(part: np.ndarray) -> bool:
+        rest = part[..., 1:].astype(np.int16)
+        return bool((np.abs(rest - part[..., :1]) <= _GREY_LEVELS).all())
+
+    return grey(pixels[::16, ::16]) and grey(pixels)  # colour shows in a few pixels
 
 
 # --- tar files --------------------------------------------------------------------------------------------------------
@@ -127,6 +164,8 @@ def find_tars(folder: Path) -> list[Path]:
 def list_tars(tars: Sequence[Path]) -> list[Path]:
     """The images of uncompressed tar files, by headers alone: their pixels are read when they are needed.
 
+    A class that stands beside an image (0001.cls beside 0001.jpg, as WebDataset writes it) becomes its folder.
+
     Raises:
         ImageError: not a tar file, or a compressed one, in which nothing can be found without reading all before it.
     """
@@ -134,12 +173,18 @@ def list_tars(tars: Sequence[Path]) -> list[Path]:
     def members(tar: Path) -> list[Path]:
         try:
             with tarfile.open(tar, "r:") as file:
-                return [
-                    Path(f"{tar}!{m.offset_data}:{m.size}!{m.name}")
-                    for m in file
-                    if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES and not Path(m.name).name.startswith(".")
-                ]
-        except (tarfile.TarError, OSError) as error:
+                found, classes = [], {}
+                for m in file:
+                    stem, suffix = os.path.splitext(m.name)
+                    if not m.isfile() or os.path.basename(m.name).startswith("."):
+                        continue
+                    if suffix == ".cls":
+                        classes[stem] = file.extractfile(m).read(64).decode().strip()
+                    elif suffix.lower() in SUFFIXES:
+                        found.append((stem, m))
+            named = [(f"{classes[s]}/{os.path.basename(m.name)}" if s in classes else m.name, m) for s, m in found]
+            return [Path(f"{tar}!{m.offset_data}:{m.size}!{name}") for name, m in named]
+        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
             raise ImageError(f"{tar}: not a readable, uncompressed tar file ({error})") from error
 
     with ThreadPoolExecutor(8) as pool:

@@ -137,7 +137,7 @@ def test_workers_give_the_same_batches(photos):
     batches = []
     for workers in (0, 2):
         loader = make_loader(PhotoCrops(files, 32), EpochSampler(len(files), 0), 5, workers, False)
-        batches.append([rgb for rgb, _ in loader])
+        batches.append([batch.rgb for batch in loader])
     assert [len(b) for b in batches[0]] == [5, 5, 2]
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
     assert list(InOrder(3)) == [(None, 0), (None, 1), (None, 2)]

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import re
 import resource
 import signal
 from dataclasses import replace
+from itertools import islice
 
 import pytest
+import pyvips
 import torch
 
 from fastcolor.imaging.find import find_images
@@ -17,9 +21,16 @@ from fastcolor.model.field import FIELD, LEARNED, field_options
 from fastcolor.model.network import pool_to
 from fastcolor.ops.cross_entropy import color_cross_entropy
 from fastcolor.reference import mean_field as reference
+from fastcolor.training import memory
+from fastcolor.training.average import Average
+from fastcolor.training.color import split_lab
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import DataError
-from fastcolor.training.loop import Run, Silent, TrainingError, split_lab, train
+from fastcolor.training.loop import train
+from fastcolor.training.plan import dry_run
+from fastcolor.training.report import Silent, Stop
+from fastcolor.training.run import Run
+from fastcolor.training.state import TrainingError
 
 TINY = TrainConfig(size=64, epochs=3, batch_size=4, lr=2e-3, workers=0, device="cpu", val_share=0.25)
 
@@ -40,18 +51,15 @@ class Recorder(Silent):
         self.lines.append(text)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums of threads may differ in the last bit; one thread's do not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bins": "separable"}, {"head": "regression"}, {"precision": "bf16"}, {"rebalance": 0.5}],
+    [
+        {},
+        {"bins": "separable", "skip": True, "fusion": False},
+        {"head": "regression", "ema": 0.0},
+        {"precision": "bf16", "degrade": 0.5},
+        {"rebalance": 0.5, "accumulate": 3},
+    ],
     ids=str,
 )
 def test_learns_and_leaves_its_files(photos, tmp_path, options):
@@ -204,7 +212,7 @@ def test_bad_folders_and_options(tmp_path, photos):
         message = (
             f"too few usable colour images, {usable} to train on and 0 to check with; .*left out: .*not a readable"
         )
-        with pytest.raises(TrainingError, match=message):
+        with pytest.raises(DataError, match=message):
             train(photos, replace(TINY, out=out))
     assert not (tmp_path / "run").exists()
 
@@ -230,7 +238,7 @@ def test_trains_network_and_field_together(photos, tmp_path):
     # the loss is that of the field's marginals, and its gradient reaches all of the network
     run = Run(photos, replace(config, out=str(tmp_path / "second"), mrf_sweeps=3), Silent())
     rgb = next(iter(run.val_loader))[0]
-    loss, output = run.loss(rgb)
+    loss, output, _ = run.task.loss(rgb)
     assert torch.allclose(output.exp().sum(1), torch.ones(()), atol=1e-5)
     L, ab = split_lab(rgb, 4)
     options = {**field_options(run.field), "bins": run.bins}
@@ -270,7 +278,7 @@ def test_starts_from_other_weights(photos, tmp_path):
     run = Run(photos, replace(TINY, init=weights, out=str(tmp_path / "second")), Silent())
     loaded = load_checkpoint(weights).network.state_dict()
     assert all(torch.equal(v, loaded[n]) for n, v in run.network.state_dict().items())
-    with pytest.raises(TrainingError, match="cannot start .* head is 'distribution', not 'regression'"):
+    with pytest.raises(CheckpointError, match="cannot start .* head is 'distribution', not 'regression'"):
         Run(photos, replace(TINY, init=weights, head="regression", out=str(tmp_path / "third")), Silent())
     loaded = load_checkpoint(weights)
     loaded.mrf = {**FIELD, "weight": 0.25, "radius": 1}
@@ -283,3 +291,205 @@ def test_starts_from_other_weights(photos, tmp_path):
     assert {id(p) for p in run.field.parameters()} <= {id(p) for g in run.optimizer.param_groups for p in g["params"]}
     with pytest.raises(CheckpointError, match="nowhere.safetensors: no such weights file"):
         Run(photos, replace(TINY, init="nowhere.safetensors", out=str(tmp_path / "third")), Silent())
+
+
+def killed(photos, config, step):
+    """In a process of its own, which kills itself after a number of steps: nothing is caught, nothing cleaned up."""
+    torch.set_num_threads(1)
+    train(photos, config, Recorder(step, signal.SIGKILL))
+
+
+def test_a_kill_in_the_middle_of_an_epoch_is_made_good(photos, tmp_path):
+    """The state of some step before is on disk; from there the run ends as the uninterrupted one, bit for bit."""
+    config = replace(TINY, epochs=2, save_every=1e-9, degrade=0.5, accumulate=2, clip=0.5, out=str(tmp_path / "parts"))
+    whole = train(photos, replace(config, save_every=0, out=str(tmp_path / "whole")))
+    process = multiprocessing.get_context("spawn").Process(target=killed, args=(photos, config, 5))
+    process.start()
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+    state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (1, 1)  # the kill came before step 2 was saved
+    (tmp_path / "parts" / ".state-abc.pt").touch()  # as of a kill in a write
+    again = Recorder()
+    parts = train(photos, replace(config, resume="auto"), again)
+    assert parts.finished and len(again.losses) == 2
+    for ours, theirs in zip(parts.history, whole.history, strict=True):
+        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+    ours, theirs = (torch.load(tmp_path / n / "state.pt", weights_only=True) for n in ("parts", "whole"))
+    for part in ("network", "average"):
+        assert all(torch.equal(ours[part][k], theirs[part][k]) for k in theirs[part])
+    assert not (tmp_path / "parts" / ".state-abc.pt").exists()
+
+
+def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
+    assert train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run"), resume="auto")).finished
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())
+    train(photos, replace(TINY, epochs=2, out=str(tmp_path / "run"), resume="auto"))
+    starts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [s["epoch"] for s in starts] == [0, 1] and starts[0]["torch"] == torch.__version__
+    assert starts[0]["fingerprint"] == starts[1]["fingerprint"] and starts[0]["seed"] == 0
+
+
+def keep_statistics(run):
+    """Training mode, but batch normalization keeps to its running statistics: images do not mix."""
+    run.task.train()
+    for module in run.task.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"mrf_sweeps": 1}, {"head": "regression"}], ids=str)
+def test_pieces_give_the_gradient_of_the_batch(photos, tmp_path, options):
+    """But for batch normalization, which sees a piece at a time: here it keeps to its running statistics."""
+    gradients = []
+    for pieces in (1, 3):
+        run = Run(photos, replace(TINY, accumulate=pieces, out=str(tmp_path / "run"), **options), Silent())
+        run._sum = run._sum.double()
+        keep_statistics(run)
+        counts = run.batches.counts(0)
+        assert len(counts) == pieces and sum(counts) == 4
+        run._step(list(islice(run.loader, pieces)), counts)
+        gradients.append((run._sum.item() / 4, {n: p.grad for n, p in run.task.named_parameters()}))
+    assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-6)
+    for name, whole in gradients[0][1].items():
+        assert torch.allclose(gradients[1][1][name], whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item()), name
+
+
+@pytest.mark.parametrize("options", [{}, {"bins": "separable", "mrf_sweeps": 1}, {"head": "regression"}], ids=str)
+def test_float16_gradients_do_not_vanish(photos, tmp_path, options):
+    """Scaled before the backward, they are those of float32 afterwards, as far as 11 bits go."""
+    gradients = []
+    for precision in ("fp32", "fp16"):
+        run = Run(photos, replace(TINY, precision=precision, out=str(tmp_path / "run"), **options), Silent())
+        run._sum = run._sum.double()
+        keep_statistics(run)
+        run.config.clip = 1e9  # clips nothing, but takes the scale away
+        run._step([next(iter(run.loader))], run.batches.counts(0))
+        gradients.append({n: p.grad for n, p in run.network.named_parameters()})
+        print(run._sum, run.scaler.get_scale(), [p.grad for p in run.field.parameters()] if run.field else "")
+    assert run.scaler.get_scale() >= 1024  # no step was left out
+    for name, exact in gradients[0].items():
+        error = (gradients[1][name] - exact).norm() / exact.norm()
+        print(name, error)
+        assert error < 0.1, f"{name}: {error}"
+
+
+def test_the_average_is_what_is_validated_and_saved(photos, tmp_path):
+    run = Run(photos, replace(TINY, ema=0.5, out=str(tmp_path / "run")), Silent())
+    before = {n: p.clone() for n, p in run.network.named_parameters()}
+    run.train_epoch(Stop())
+    weights = {n: p.detach() for n, p in run.network.named_parameters()}
+    average = dict(run.judged.network.named_parameters())
+    name = "color1.0.weight"
+    assert not torch.equal(average[name], weights[name]) and not torch.equal(average[name], before[name])
+    run.save_model()
+    saved = load_checkpoint(tmp_path / "run" / "model.safetensors").network.state_dict()
+    assert torch.equal(saved[name], average[name])
+    # of three updates w1, w2, w3 with decays 1/10, 2/11, 3/12, by hand
+    other = Average(torch.nn.Linear(1, 1, bias=False), 0.5)
+    other.module.weight.fill_(1.0)
+    module = torch.nn.Linear(1, 1, bias=False)
+    expected = 1.0
+    for n, value in enumerate((2.0, 3.0, 5.0)):
+        torch.nn.init.constant_(module.weight, value)
+        other.update(module, n)
+        decay = (1 / 10, 2 / 11, 3 / 12)[n]
+        expected = decay * expected + (1 - decay) * value
+    assert other.module.weight.item() == pytest.approx(expected)
+
+
+def test_out_of_memory_says_what_would_fit(photos, tmp_path, monkeypatch):
+    run = Run(photos, replace(TINY, batch_size=8, out=str(tmp_path / "run")), Silent())
+    need = memory.step_need(run.task.train(), 64, run.device)
+    assert need.image > 64 * 64 * 64 / 4  # one of the many planes of features that are kept
+    forward = type(run.task).forward
+
+    def limited(task, rgb, seeds, labels):
+        if len(rgb) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(task, rgb, seeds, labels)
+
+    monkeypatch.setattr(type(run.task), "forward", limited)
+    later = memory.weights_bytes(run.task, 3)
+    for fits, message in (
+        (5, "out of memory with 8 crops of 64 pixels at once on cpu; about [56] fit: try --batch-size [56], or for the "
+            "same steps --accumulate 2"),
+        (0, "not even one fits: try a smaller --size"),
+    ):  # fmt: skip
+        free = later + (need.of(fits) / 0.9 + 0.6 * need.image if fits else 0)
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        with pytest.raises(TrainingError, match=message):
+            train(photos, run.config)
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_dry_run_writes_nothing(photos, tmp_path):
+    recorder = Recorder()
+    (photos / "broken.jpg").write_text("no image")
+    dry_run(photos, replace(TINY, mrf_sweeps=2, out=str(tmp_path / "run")), recorder)
+    text = "\n".join(recorder.lines)
+    assert "distribution over 313 labels, fusion, field of 2 sweeps" in text and "9 to train on, 3 to check" in text
+    assert "left out: 1 unreadable" in text and "steps: 3 an epoch, 9 in all" in text
+    assert re.search(r"memory: about \d+ MB on cpu: .* 4 crops of 64 pixels at once \d+ MB \(\d+ MB each\)", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_three_photos_are_enough_and_grey_ones_are_not(photos, tmp_path):
+    files = find_images(photos)
+    for path in files[3:]:
+        path.unlink()
+    result = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run")))
+    assert result.finished and math.isfinite(result.history[0]["val_loss"])
+    for path in files[:3]:
+        path.unlink()
+        pyvips.Image.black(40, 40).write_to_file(str(path.with_suffix(".png")))
+    with pytest.raises(DataError, match="too few usable colour images, 0 to train on .*greyscale"):
+        train(photos, replace(TINY, out=str(tmp_path / "second")))
+
+
+def test_grey_files_stored_as_colour(photos, tmp_path):
+    """Their headers say nothing, so it is their pixels that stop the run, with the reason."""
+    for path in find_images(photos):
+        path.unlink()
+        grey = pyvips.Image.black(40, 40).cast("uchar")
+        grey.bandjoin([grey, grey]).copy(interpretation="srgb").write_to_file(str(path.with_suffix(".png")))
+    with pytest.raises(DataError, match="9 files in a row could not be used; the first: greyscale"):
+        train(photos, replace(TINY, out=str(tmp_path / "run")))
+
+
+def test_many_problems_are_counted_and_listed(photos, tmp_path):
+    jpeg = next(f for f in find_images(photos) if f.suffix == ".jpg").read_bytes()
+    for i in range(8):
+        (photos / f"half{i}.jpg").write_bytes(jpeg[:600])
+    recorder = Recorder()
+    result = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run")), recorder)
+    text = "\n".join(recorder.lines)
+    assert result.finished and text.count("left out: ") == 5 and "left out so far: " in text
+    listed = (tmp_path / "run" / "left_out.txt").read_text().splitlines()
+    assert len(listed) == len(result.problems.reasons) > 5 and all("half" in line for line in listed)
+
+
+def test_resume_with_another_architecture(photos, tmp_path):
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+    train(photos, config)
+    with pytest.raises(TrainingError, match="cannot resume with other options: bins was 'joint', .*; skip was False"):
+        train(photos, replace(config, resume=True, skip=True, bins="separable"))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(photos, tmp_path):
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent())
+    run.save_state()
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    run.network.color1[0].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="weights are not finite .*try a lower --lr"):
+        run.save_state()
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same(photos, tmp_path):
+    plain, compiled = (
+        train(photos, replace(TINY, compile=c, out=str(tmp_path / str(c)))).history for c in (False, True)
+    )
+    for a, b in zip(plain, compiled, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)

@@ -1,0 +1,87 @@
+"""What a step of training takes, measured on a few crops, and how many fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_FEW = 2  # images of the smaller of the two steps that are measured
+_MARGIN = 0.9  # of what is free: allocators leave gaps
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a step: `fixed`, and `image` more for each image that a process has in it at once."""
+
+    fixed: int
+    image: int
+
+    def of(self, images: int) -> int:
+        return self.fixed + images * self.image
+
+    def fits(self, free: int) -> int:
+        """How many images at once go into `free` bytes."""
+        return max(0, int((_MARGIN * free - self.fixed) / max(1, self.image)))
+
+
+def weights_bytes(module: nn.Module, copies: int) -> int:
+    """Of the parameters that are learned, `copies` times: gradients and Adam's two moments are a copy each."""
+    return copies * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+
+
+def step_need(task: nn.Module, size: int, device: torch.device) -> Need:
+    """What forward and backward take beyond the weights, from two small steps on crops of noise: on a GPU their peaks,
+    elsewhere what is kept for the backward, which is most of it. Running statistics and gradients change.
+
+    Raises:
+        torch.OutOfMemoryError: not even the small ones fit.
+    """
+    less, more = (_step_bytes(task, size, images, device) for images in (_FEW, 2 * _FEW))
+    image = max(1, (more - less) // _FEW)
+    return Need(max(0, less - _FEW * image), image)
+
+
+def _step_bytes(task: nn.Module, size: int, images: int, device: torch.device) -> int:
+    random = torch.Generator().manual_seed(0)
+    rgb = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, generator=random).to(device)
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task(rgb, labels, labels).backward()
+        return torch.cuda.max_memory_allocated(device) - before
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in task.parameters()}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = task(rgb, labels, labels)
+    loss.backward()
+    return sum(kept.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What this process can still have; None where nobody knows."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu":
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the CPU's allocator, had no more."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

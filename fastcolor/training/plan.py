@@ -1,0 +1,52 @@
+"""What a run would be, before it is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastcolor.model.network import count_parameters
+from fastcolor.training import memory
+from fastcolor.training.config import TrainConfig
+from fastcolor.training.report import Reporter
+from fastcolor.training.run import Run
+
+
+def dry_run(data: str | Path, config: TrainConfig, reporter: Reporter) -> None:
+    """Says what a run would be: model, data, and the memory of a step, measured on crops of noise. Writes nothing.
+
+    Raises:
+        as `train`.
+    """
+    run = Run(data, config, reporter, measure=False)
+    photos, say = run.photos, reporter.say
+    say(f"model: {_model_words(run)}, {count_parameters(run.task) / 1e6:.2f} M parameters")
+    say(f"data: {len(photos.train)} to train on, {len(photos.val)} to check with, {len(photos.classes)} classes")
+    counts = ", ".join(f"{n} {kind}" for kind, n in run.problems.counts().items())
+    say(f"left out: {counts or 'none'} (by their headers; pixels are looked at when they are needed)")
+    say(f"steps: {run.steps_per_epoch} an epoch, {run.steps_per_epoch * config.epochs} in all")
+    run.task.train()
+    need = memory.step_need(run.task, config.size, run.device)
+    weights = memory.weights_bytes(run.task, 4 + (run.average is not None))
+    images = -(-config.batch_size // config.accumulate)
+    total, free = weights + need.of(images), memory.free_bytes(run.device)
+    say(
+        f"memory: about {_megabytes(total)} on {run.device}: weights, gradients and averages {_megabytes(weights)}, "
+        f"{images} crops of {config.size} pixels at once {_megabytes(need.of(images))} ({_megabytes(need.image)} each)"
+    )
+    if free is not None:
+        fits = need.fits(free - weights)
+        say(f"free: {_megabytes(free)}, for about {fits} crops at once" + ("" if fits >= images else ": too few"))
+
+
+def _model_words(run: Run) -> str:
+    if run.config.task == "classify":
+        return "ResNet-18 on lightness"
+    config = run.network.config
+    parts = [config.head + (f" over {config.bins.count} labels" if run.bins is not None else "")]
+    parts += [name for name in ("fusion", "skip") if getattr(config, name)]
+    parts += [f"field of {run.config.mrf_sweeps} sweeps"] if run.field is not None else []
+    return "ResNet-18 and colour network, " + ", ".join(parts)
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 2**20:.0f} MB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GB"
