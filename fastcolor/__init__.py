@@ -20,6 +20,7 @@ from fastcolor.ops.mean_field import (
     probability_unary,
 )
 from fastcolor.ops.render import luma_to_lightness, render, render_uv
+from fastcolor.video.colorizer import VideoColorizer, VideoOptions
 from fastcolor.yuv import YuvFormat
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "Colorizer",
     "MeanField",
     "PRESETS",
+    "VideoColorizer",
+    "VideoOptions",
     "YuvFormat",
     "__version__",
     "annealed_mean",

@@ -14,6 +14,7 @@ from fastcolor.cli.export import export
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
 from fastcolor.cli.train import TrainCommand, train
+from fastcolor.cli.video import video
 
 app = typer.Typer(
     name="fastcolor",
@@ -41,6 +42,7 @@ def _root(
 
 
 app.command()(colorize)
+app.command()(video)
 app.command(cls=TrainCommand)(train)
 app.command()(pack)
 app.command("eval")(evaluate)

@@ -224,14 +224,30 @@ class Colorizer:
 
         s is 4 for the distribution head, 2 for regression.
         """
+        scores, guide = self.scores(L)
+        return self.colors(scores, guide) * self.options.saturation, guide
+
+    @torch.inference_mode()
+    def scores(self, L: Tensor, unary: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the network says of L [B, 1, h, w], for `colors`: scores [B, K, ⌈h/4⌉, ⌈w/4⌉] of the distribution head
+        (of regression: ab at ⌈h/2⌉, ⌈w/2⌉), and the guide.
+
+        unary: what is added to the scores in place of that of the vividness, [1 or B, K, 1, 1].
+        """
         output = self.network(L.contiguous(memory_format=torch.channels_last)).float()
         guide = pool_to(L, self.network.stride)
+        unary = self._unary if unary is None else unary
+        return output if self.bins is None or unary is None else output + unary, guide
+
+    @torch.inference_mode()
+    def colors(self, scores: Tensor, guide: Tensor, **field) -> Tensor:
+        """ab [B, 2, h, w] of scores and a guide of the same size, before saturation.
+
+        **field: options of `mean_field` beside those that came with the network: `previous`, ...
+        """
         if self.bins is None:
-            return output * self.options.saturation, guide
-        logits = output if self._unary is None else output + self._unary
+            return scores
         temperature = self.options.temperature
-        if self.options.mrf:
-            ab = mean_field_annealed(logits, guide, temperature=temperature, bins=self.bins, **self.field)
-        else:
-            ab = annealed_mean(logits, temperature, self.bins, logits=True)
-        return ab * self.options.saturation, guide
+        if not self.options.mrf:
+            return annealed_mean(scores, temperature, self.bins, logits=True)
+        return mean_field_annealed(scores, guide, temperature=temperature, bins=self.bins, **{**self.field, **field})

@@ -107,7 +107,8 @@ def mean_field(
             q ∝ q_new^(1 − damping) · q_old^damping. Stops the oscillation of strong fields in parallel.
         start: q before the first sweep: "softmax" of the logits, or "uniform".
         previous: marginals [B, K, H, W] and guide [B, 1, H, W] of the frame before, one more neighbour at the same
-            pixel, held fixed, with weight_time · exp(−(g − g')² / 2 sigma_time²).
+            pixel, held fixed, with weight_time · exp(−(g − g')² / 2 sigma_time²). Of marginals "quadratic" needs no
+            more than their mean colours: with it they may be given as ab [B, 2, H, W].
         weight_time: >= 0, a float or a 0-dim tensor.
         sigma_time: > 0, in units of the guide, likewise.
         tolerance: lets a gaussian, steps or matrix s be replaced by one of lower rank, each entry within so much of
@@ -176,9 +177,16 @@ def _run(logits: Tensor, guide: Tensor, options: dict, temperature: Scalar | Non
     if options["previous"] is not None:
         if len(options["previous"]) != 2:
             raise ValueError(f"previous must be (marginals, guide), got {len(options['previous'])} items")
-        for name, x, channels in zip(("marginals", "guide"), options["previous"], (labels, 1), strict=True):
+        for name, x in zip(("marginals", "guide"), options["previous"], strict=True):
             _check_floating(f"previous {name}", x)
-            _check_shape(f"previous {name}", x, [batch, channels, height, width])
+        q_before, g_before = options["previous"]
+        if not reference.are_colors(q_before, labels, options["similarity"]):
+            _check_shape("previous marginals", q_before, [batch, labels, height, width])
+        elif list(q_before.shape) != [batch, 2, height, width]:
+            raise ValueError(
+                f"previous colours must have shape {[batch, 2, height, width]}, got {list(q_before.shape)}"
+            )
+        _check_shape("previous guide", g_before, [batch, 1, height, width])
     _check_labels("logits", labels, options["bins"])
     _check_similarity(options["similarity"], labels, options["bins"])
     with torch.autocast(logits.device.type, enabled=False):  # its matrix products would run in 16 bits
@@ -255,7 +263,8 @@ def _on_kernels(
     if options["previous"] is not None:
         q_before, g_before = (x.float() for x in options["previous"])
         nearness = reference.gaussian(guide.float() - g_before, options["sigma_time"])
-        prior = options["weight_time"] * nearness * reference.project(b, q_before)
+        features = reference.features_before(q_before, b, labels, bins, options["similarity"])
+        prior = options["weight_time"] * nearness * features
     tensors = (logits, guide, a, b, *_pair_terms(around, options, logits), prior)
     if backend != "cpp" and not torch.compiler.is_compiling() and height * width > _MOST_PIXELS:
         raise ValueError(f"logits must have at most {_MOST_PIXELS} pixels an image on {backend}, got {height}×{width}")

@@ -159,6 +159,19 @@ def interaction(
     return factors.a.T, factors.b
 
 
+def are_colors(q: Tensor, labels: int, similarity: Similarity) -> bool:
+    """Whether `previous` holds mean colours, not marginals: "quadratic" asks for no more of them."""
+    return q.ndim == 4 and q.shape[1] == 2 != labels and isinstance(similarity, str) and similarity == "quadratic"
+
+
+def features_before(q: Tensor, b: Tensor | None, labels: int, bins: ColorBins | None, similarity: Similarity) -> Tensor:
+    """F = Bᵀ q of the frame before, from its marginals [B, K, H, W] or its mean colours [B, 2, H, W]."""
+    if not are_colors(q, labels, similarity):
+        return project(b, q)
+    one = torch.ones_like(q[:, :1])
+    return torch.cat([one, q] if bins.kind == "joint" else [one, q[:, :1], one, q[:, 1:]], 1)
+
+
 # ---- the stencil -----------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +239,7 @@ def mean_field(
     schedule: str = "parallel",
     damping: float = 0.0,
     start: str = "softmax",
-    previous: tuple[Tensor, Tensor] | None = None,  # [B, K, H, W], [B, 1, H, W]
+    previous: tuple[Tensor, Tensor] | None = None,  # [B, K or 2, H, W], [B, 1, H, W]
     weight_time: Scalar = 1.0,
     sigma_time: Scalar = 10.0,
     tolerance: float | None = None,
@@ -243,7 +256,8 @@ def mean_field(
     t_start = u if start == "softmax" else torch.zeros_like(u)
     if previous is not None:  # one more neighbour at the same pixel, held fixed
         q_before, g_before = (x.to(u) for x in previous)
-        u = u + project(a_t, weight_time * gaussian(g - g_before, sigma_time) * project(b, q_before))
+        features = features_before(q_before, b, labels, resolve_bins(bins, labels), similarity)
+        u = u + project(a_t, weight_time * gaussian(g - g_before, sigma_time) * features)
 
     boards = [None]
     if schedule == "checkerboard":

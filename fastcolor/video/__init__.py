@@ -1,1 +1,1 @@
-"""The room for film: reader, frame pipeline, temporal field, writer. Empty in this version."""
+"""The room for film: reader, frames to chroma planes with a state through time, writer."""

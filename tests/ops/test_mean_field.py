@@ -310,6 +310,21 @@ def test_widths(sigma_space, sigma_light, weight):
         assert largest(q, naive_mean_field(logits, guide, np.eye(3), **naive)) <= EXACT
 
 
+@pytest.mark.parametrize("bins", [SMALL, SMALL_AXES], ids=str)
+@pytest.mark.parametrize("backend", available("reference", "cpp"), ids=str)
+def test_previous_frame_as_colours(bins, backend):
+    """Of marginals the quadratic similarity takes no more than their mean colours."""
+    logits = torch.randn(2, bins.count, 5, 4, device=backend.device)
+    marginals = reference.softmax(torch.randn_like(logits) * 2, reference.label_axes(bins, bins.count))
+    guide, before = (torch.rand(2, 1, 5, 4, device=backend.device) * 20 for _ in range(2))
+    options = {"bins": bins, "weight_time": 0.8, "sigma_time": 7.0, "radius": 1}
+    colors = reference.expected_colors(marginals, bins)
+    with fastcolor.use_backend(backend.name):
+        q, of_colors = (mean_field(logits, guide, previous=(p, before), **options) for p in (marginals, colors))
+        without = mean_field(logits, guide, **options)
+    assert (q - of_colors).abs().max() < 1e-5 < (q - without).abs().max()
+
+
 @pytest.mark.parametrize("schedule", op.SCHEDULES)
 @pytest.mark.parametrize("name, bins", [("quadratic", SMALL), ("potts", SMALL), ("steps", SMALL_AXES)], ids=str)
 def test_previous_frame(name, bins, schedule):
@@ -930,6 +945,8 @@ NOT_SYMMETRIC = torch.eye(5) + torch.tensor([[0.0, 1, 0, 0, 0]] + [[0.0] * 5] * 
     ({"tolerance": -1e-3}, r"tolerance must be >= 0 or None, got -0.001"),
     ({"previous": (torch.zeros(2, 4, 4, 4), torch.zeros(2, 1, 4, 4))}, r"previous marginals must .*\[2, 5, 4, 4\]"),
     ({"previous": (torch.zeros(2, 5, 4, 4), torch.zeros(2, 1, 4, 3))}, r"previous guide must .*got \[2, 1, 4, 3\]"),
+    ({"previous": (torch.zeros(2, 2, 4, 4), torch.zeros(2, 1, 4, 4)), "similarity": "potts"},
+     r"previous marginals must .*\[2, 5, 4, 4\]"),
     ({"previous": (torch.zeros(2, 5, 4, 4),)}, r"previous must be \(marginals, guide\), got 1 items"),
 ], ids=str)  # fmt: skip
 def test_errors(change, message):
