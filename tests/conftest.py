@@ -12,6 +12,14 @@ from fastcolor.ops import _backend
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, from every folder of tests
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests that are marked slow run only where `-m` names them."""
+    if "slow" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="minutes long: run with -m slow"))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Memory that nothing wrote reads as nan, or as the largest integer."""

@@ -16,6 +16,11 @@ WHITE = (0.95047, 1.0, 1.08883)
 KNEE, INVERSE_KNEE, SLOPE, OFFSET = 0.008856, 0.2068966, 7.787, 16 / 116
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}
 BISECTIONS = 24
+# How far outside [0, 1] linear light may be that counts as inside sRGB. A colour on the border of sRGB that was rounded
+# to float32 Lab is up to 2.6e-6 outside (of all 8-bit colours, and four million of 16 bits); as a colour outside it
+# would be brought in to another border, where its line of one hue and lightness leaves sRGB twice. L moves by 0.003 at
+# most.
+GAMUT_TOLERANCE = 4e-6
 
 
 def srgb_to_linear(c: Tensor) -> Tensor:
@@ -76,13 +81,12 @@ def gamut_scale(L: Tensor, a: Tensor, b: Tensor) -> Tensor:
         channels = torch.stack(lab_to_linear(L, t * a, t * b))
         return torch.maximum(channels.amax(0) - 1, -channels.amin(0))
 
-    tolerance = 1e-6  # of linear light, far below one 16-bit level: white's own rounding error is not out of gamut
     with torch.no_grad():
-        inside = excess(torch.ones_like(L)) <= tolerance
+        inside = excess(torch.ones_like(L)) <= GAMUT_TOLERANCE
         low, high = torch.zeros_like(L), torch.ones_like(L)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            fits = excess(middle) <= tolerance
+            fits = excess(middle) <= GAMUT_TOLERANCE
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     if torch.is_grad_enabled() and (L.requires_grad or a.requires_grad or b.requires_grad):
         with torch.no_grad():

@@ -33,7 +33,7 @@ constexpr float kBx = float(0.055646639135177208 * kWhiteX), kBy = -0.2040413383
 constexpr float kKnee = 0.008856f, kInverseKnee = 0.2068966f, kSlope = 7.787f, kOffset = float(16.0 / 116.0);
 constexpr int kBisections = 16;                    // of the gamut scale: chroma to 2^-16 of itself
 constexpr float kGamutStep = 1.0f / 65536;         // the same, 2^-16
-constexpr float kGamutTolerance = 1e-6f;           // of linear light; white's rounding error is inside
+constexpr float kGamutTolerance = 4e-6f;           // of linear light: reference/lab.py, GAMUT_TOLERANCE
 
 // memcpy, not a union: the compiler sees through it and keeps the loop vectorized.
 FC_INLINE int32_t bits_of(float x) {
@@ -181,14 +181,18 @@ FC_INLINE Triple lab_to_linear_backward(float L, float a, float b, float grad_r,
 // Clips to [0, 1]; nan stays nan.
 FC_INLINE float clip(float c) { return c < 0.0f ? 0.0f : (c > 1.0f ? 1.0f : c); }
 
-// How far linear light lies outside [0, 1]: the largest of the six distances, negative inside.
-FC_INLINE float gamut_excess(const Triple& c) {
-  float most = c.x > c.y ? c.x : c.y;
-  most = most > c.z ? most : c.z;
-  float least = c.x < c.y ? c.x : c.y;
-  least = least < c.z ? least : c.z;
-  return most - 1.0f > -least ? most - 1.0f : -least;
+// How far linear light lies outside [0, 1]: the largest of the six distances, negative inside. Of floats, or of vectors
+// of them.
+template <typename T>
+FC_INLINE T gamut_excess(T r, T g, T b) {
+  T most = r > g ? r : g;
+  most = most > b ? most : b;
+  T least = r < g ? r : g;
+  least = least < b ? least : b;
+  const T above = most - 1.0f, below = -least;
+  return above > below ? above : below;
 }
+FC_INLINE float gamut_excess(const Triple& c) { return gamut_excess(c.x, c.y, c.z); }
 
 // --- the gamut scale: the largest t in [0, 1] such that (L, t a, t b) is inside sRGB ----------------------------------
 //

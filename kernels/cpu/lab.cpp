@@ -102,11 +102,11 @@ void lab_to_rgb(const Channels& lab, const Channels& rgb, bool preserve_lightnes
                 int threads) {
   const LabKernels& k = lab_kernels();
   for_each_run(images, pixels, threads, [&](int64_t image, int64_t start, int64_t n) {
-    Run run;
+    Run run, c;
     load(k, lab, image, pixels, start, run, n);
-    preserve_lightness ? k.lab_run_to_linear_inside(run, n) : k.lab_run_to_linear(run, n);
-    k.encode_srgb(run, n);
-    store(k, run, rgb, image, pixels, start, n);
+    preserve_lightness ? k.lab_run_to_linear_inside(run, c, n) : k.lab_run_to_linear(run, c, n);
+    k.encode_srgb(c, n);
+    store(k, c, rgb, image, pixels, start, n);
   });
 }
 

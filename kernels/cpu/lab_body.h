@@ -89,34 +89,37 @@ inline void linear_run_to_lab(Run& run, int64_t n) {
   }
 }
 
-inline void lab_run_to_linear(Run& run, int64_t n) {
-  float *L = run.c[0], *a = run.c[1], *b = run.c[2];
+inline void lab_run_to_linear(const Run& lab, Run& linear, int64_t n) {
+  const float *L = lab.c[0], *a = lab.c[1], *b = lab.c[2];
+  float *x = linear.c[0], *y = linear.c[1], *z = linear.c[2];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const Triple c = lab_to_linear(L[i], a[i], b[i]);
-    L[i] = c.x, a[i] = c.y, b[i] = c.z;
-  }
-}
-
-// To linear light at x, y, z; whether each is outside sRGB, and how many are.
-inline int lab_to_linear_and_count(const float* L, const float* a, const float* b, float* x, float* y, float* z,
-                                   int32_t* outside, int64_t n) {
-  int count = 0;  // not the largest excess: a maximum of floats does not vectorize without -ffast-math
-#pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < n; ++i) {
-    const Triple c = lab_to_linear(L[i], a[i], b[i]);
-    outside[i] = gamut_excess(c) > kGamutTolerance ? 1 : 0;
-    count += outside[i];
     x[i] = c.x, y[i] = c.y, z[i] = c.z;
   }
-  return count;
 }
 
-// Appends to `at` the places of those of n flags that are set, each plus `start`; returns their new count.
+// Which colours of a piece in linear light are outside sRGB, -1 or 0 for each; whether any is. By vectors: in one loop
+// with the conversion, GCC takes both pixel by pixel.
+constexpr int64_t kPiece = 64;
+inline bool find_outside(const float* r, const float* g, const float* b, int32_t (&outside)[kPiece]) {
+  I any{};
+  for (int64_t i = 0; i < kPiece; i += kLanes) {
+    const I set = gamut_excess(load(r + i), load(g + i), load(b + i)) > splat(kGamutTolerance);
+    memcpy(outside + i, &set, sizeof set);
+    any |= set;
+  }
+  int64_t pairs[kLanes / 2], found = 0;
+  memcpy(pairs, &any, sizeof any);
+  for (const int64_t pair : pairs) found |= pair;
+  return found != 0;
+}
+
+// Appends to `at` the places of those of n flags that are -1, each plus `start`; returns their new count.
 inline int64_t append_places(const int32_t* set, int64_t start, int64_t n, int32_t* at, int64_t count) {
   for (int64_t i = 0; i < n; ++i) {
     at[count] = int32_t(start + i);
-    count += set[i];
+    count -= set[i];
   }
   return count;
 }
@@ -147,7 +150,7 @@ inline void scale_into_gamut(Outside& o) {
 #pragma omp simd
   for (int64_t i = 0; i < whole; ++i) {
     const float t = gamut_guess(L[i], a[i], b[i]);
-    left[i] = gamut_border(L[i], a[i], b[i], t) ? 0 : 1;
+    left[i] = gamut_border(L[i], a[i], b[i], t) ? 0 : -1;
     o.t[i] = t;
   }
   int32_t at[kRun];
@@ -163,14 +166,14 @@ inline void scale_into_gamut(Outside& o) {
 
 // A run in linear light, and those of its colours that are outside sRGB, with their scales.
 inline void lab_run_to_linear_and_outside(const Run& lab, Run& linear, Outside& o, int64_t n) {
-  constexpr int64_t kPiece = 32;  // most are wholly inside
+  lab_run_to_linear(lab, linear, n);
+  const int64_t end = (n + kPiece - 1) / kPiece * kPiece;
+  for (auto& c : linear.c) std::fill(c + n, c + end, 0.0f);  // inside
   alignas(64) int32_t set[kPiece];
   o.count = 0;
-  for (int64_t i = 0; i < n; i += kPiece) {
-    const int64_t m = n - i < kPiece ? n - i : kPiece;
-    if (lab_to_linear_and_count(lab.c[0] + i, lab.c[1] + i, lab.c[2] + i, linear.c[0] + i, linear.c[1] + i,
-                                linear.c[2] + i, set, m) > 0) {
-      o.count = append_places(set, i, m, o.at, o.count);
+  for (int64_t i = 0; i < n; i += kPiece) {  // most are wholly inside
+    if (find_outside(linear.c[0] + i, linear.c[1] + i, linear.c[2] + i, set)) {
+      o.count = append_places(set, i, std::min(kPiece, n - i), o.at, o.count);
     }
   }
   if (o.count == 0) return;
@@ -179,23 +182,20 @@ inline void lab_run_to_linear_and_outside(const Run& lab, Run& linear, Outside& 
 }
 
 // Lab to linear light inside sRGB.
-inline void lab_run_to_linear_inside(Run& run, int64_t n) {
-  Run linear;
+inline void lab_run_to_linear_inside(const Run& lab, Run& linear, int64_t n) {
   Outside o;
-  lab_run_to_linear_and_outside(run, linear, o, n);
-  if (o.count > 0) {
-    float *L = o.lab.c[0], *a = o.lab.c[1], *b = o.lab.c[2];
-    const int64_t whole = (o.count + 15) / 16 * 16;
+  lab_run_to_linear_and_outside(lab, linear, o, n);
+  if (o.count == 0) return;
+  float *L = o.lab.c[0], *a = o.lab.c[1], *b = o.lab.c[2];
+  const int64_t whole = (o.count + 15) / 16 * 16;
 #pragma omp simd
-    for (int64_t i = 0; i < whole; ++i) {
-      const Triple c = lab_to_linear(L[i], o.t[i] * a[i], o.t[i] * b[i]);
-      L[i] = c.x, a[i] = c.y, b[i] = c.z;
-    }
-    for (int64_t i = 0; i < o.count; ++i) {
-      for (int c = 0; c < 3; ++c) linear.c[c][o.at[i]] = o.lab.c[c][i];
-    }
+  for (int64_t i = 0; i < whole; ++i) {
+    const Triple c = lab_to_linear(L[i], o.t[i] * a[i], o.t[i] * b[i]);
+    L[i] = c.x, a[i] = c.y, b[i] = c.z;
   }
-  for (int c = 0; c < 3; ++c) memcpy(run.c[c], linear.c[c], n * sizeof(float));
+  for (int64_t i = 0; i < o.count; ++i) {
+    for (int c = 0; c < 3; ++c) linear.c[c][o.at[i]] = o.lab.c[c][i];
+  }
 }
 
 // The scale of each colour of a run.

@@ -20,8 +20,8 @@ struct LabKernels {
   void (*decode_srgb)(Run&, int64_t);
   void (*encode_srgb)(Run&, int64_t);
   void (*linear_run_to_lab)(Run&, int64_t);
-  void (*lab_run_to_linear)(Run&, int64_t);
-  void (*lab_run_to_linear_inside)(Run&, int64_t);
+  void (*lab_run_to_linear)(const Run&, Run&, int64_t);
+  void (*lab_run_to_linear_inside)(const Run&, Run&, int64_t);
   void (*rgb_to_lab_gradient)(const Run&, Run&, int64_t);
   void (*clip_gradient)(const Run&, Run&, int64_t);
   void (*preserve_gradient)(const Run&, Run&, int64_t);

@@ -184,14 +184,14 @@ void render(const RenderProblem& problem, const void* L, Sample light, const Cha
   const int64_t pixels = problem.height * problem.width;
   for_each_piece(problem, [&](int64_t image, int64_t start, int64_t n, int64_t top, int64_t end) {
     Band band(problem, k, image, start, n);
-    Run run;
+    Run run, c;
     for (int64_t y = top; y < end; ++y) {
       const int64_t at = y * problem.width + start;
       load_row(lab, L, light, image * pixels + at, run.c[0], n);
       band.row(y, run.c[0], run.c[1], run.c[2]);
-      preserve_lightness ? lab.lab_run_to_linear_inside(run, n) : lab.lab_run_to_linear(run, n);
-      lab.encode_srgb(run, n);
-      store(lab, run, rgb, image, pixels, at, n);
+      preserve_lightness ? lab.lab_run_to_linear_inside(run, c, n) : lab.lab_run_to_linear(run, c, n);
+      lab.encode_srgb(c, n);
+      store(lab, c, rgb, image, pixels, at, n);
     }
   });
 }

@@ -27,7 +27,7 @@ _BX, _BY, _BZ = (tl.constexpr(m * w) for m, w in zip(XYZ_TO_RGB[2], WHITE, stric
 _KNEE, _INVERSE_KNEE = tl.constexpr(reference.KNEE), tl.constexpr(reference.INVERSE_KNEE)
 _SLOPE, _OFFSET = tl.constexpr(reference.SLOPE), tl.constexpr(reference.OFFSET)
 _BISECTIONS = tl.constexpr(16)  # of the gamut scale: chroma to 2^-16 of itself
-_TOLERANCE = tl.constexpr(1e-6)  # of linear light; white's rounding error is inside
+_TOLERANCE = tl.constexpr(reference.GAMUT_TOLERANCE)
 
 
 # --- memory to planes and back --------------------------------------------------------------------------------------

@@ -54,18 +54,65 @@ def in_order(planar, layout):
     return planar.contiguous()
 
 
-@both
-def test_all_byte_colours(backend):
-    """|ΔLab| <= 1e-3 against float64 on every 8-bit colour, and all of them come back."""
-    rgb = all_bytes()
+@pytest.fixture(scope="module")
+def every_byte():
+    """Strips of the 8-bit colours, and their Lab in float64, rounded to float32 (by 4e-6)."""
+    strips = all_bytes().split(512, 1)
+    return [(rgb, reference.rgb_to_lab(rgb, dtype=torch.float64).float()) for rgb in strips]
+
+
+def check_every_byte(strips, gamuts=("clip", "preserve_lightness")):
+    """|ΔLab| <= 1e-3 on every 8-bit colour, and all of them come back, whatever becomes of colours outside sRGB."""
     worst = 0.0
-    with fastcolor.use_backend(backend.name):
-        for rows in range(0, 4096, 512):
-            part = rgb[:, rows : rows + 512]
-            lab = fastcolor.rgb_to_lab(part)
-            worst = max(worst, largest_error(lab, reference.rgb_to_lab(part, dtype=torch.float64)))
-            assert torch.equal(fastcolor.lab_to_rgb(lab, dtype=torch.uint8), part)
+    for rgb, exact in strips:
+        lab = fastcolor.rgb_to_lab(rgb)
+        worst = max(worst, (lab - exact).abs().nan_to_num(torch.inf).max().item())
+        for gamut in gamuts:
+            assert torch.equal(fastcolor.lab_to_rgb(lab, dtype=torch.uint8, gamut=gamut), rgb)
+    print(f"largest |ΔLab| {worst:.3g}")
     assert worst <= 1e-3
+
+
+@every_simd
+@cpp
+def test_all_byte_colours(every_byte):
+    with fastcolor.use_backend("cpp"):
+        check_every_byte(every_byte)
+
+
+def test_all_byte_colours_on_the_reference(every_byte):
+    with fastcolor.use_backend("reference"):
+        check_every_byte(every_byte, ["clip"])
+        check_every_byte(every_byte[4:5], ["preserve_lightness"])  # its bisection takes 20 times as long
+
+
+@pytest.mark.parametrize("gamut", ["clip", "preserve_lightness"])
+@every_simd
+@both
+def test_integers_at_the_bounds(backend, gamut):
+    """Every pair, and many triples, of the smallest and largest levels and those about the knees, in 8, 10 and 16 bits:
+    what comes back is within the rounding of float32.
+    """
+    for bits in (8, 10, 16):
+        top = 2**bits - 1
+        knee = round(0.04045 * top)  # of the sRGB curve
+        root = round(0.0905 * top)  # where f(Y) of a grey changes its branch
+        some = [0, 1, 2, *(k + d for k in (knee, root) for d in (-1, 0, 1)), top // 2, top - 2, top - 1, top]
+        levels = torch.cartesian_prod(*[torch.tensor(some)] * 3)
+        more = torch.randint(0, top + 1, (4096, 3))
+        levels = torch.cat((levels, more)).T.reshape(3, 1, -1)
+        dtype = torch.uint8 if bits == 8 else torch.uint16
+        # 10 bits are given in the upper bits of 16, repeated below, as image files widen them
+        rgb = ((levels << 6 | levels >> 4) if bits == 10 else levels).to(torch.int32).to(dtype)
+        with fastcolor.use_backend(backend.name):
+            lab = fastcolor.rgb_to_lab(rgb)
+            back = fastcolor.lab_to_rgb(lab, dtype=dtype, gamut=gamut)
+            floating = fastcolor.lab_to_rgb(lab, gamut=gamut)
+        assert largest_error(lab, reference.rgb_to_lab(rgb, dtype=torch.float64)) <= 1e-3
+        assert (back.int() - rgb.int()).abs().max() <= (0 if bits == 8 else 1)
+        assert largest_error(floating, rgb.double() / reference.LEVELS[dtype]) <= 1.5 / 65535  # near black
+        if bits == 10:
+            assert torch.equal((back.double() * (top / 65535)).round().long(), levels)  # exact, as 8 bits are
 
 
 def test_reference_is_scikit_image():
@@ -384,8 +431,8 @@ def test_gamut_scale_bound(gamut_samples):
 
     rounding = 1e-6  # of linear light in float32
     scale, beyond = t.double(), t.double() + 2**-16
-    assert (excess(scale) <= 1e-6 + rounding)[t > 0].all()
-    assert (excess(beyond) >= 1e-6 - rounding)[t < 1].all()
+    assert (excess(scale) <= reference.GAMUT_TOLERANCE + rounding)[t > 0].all()
+    assert (excess(beyond) >= reference.GAMUT_TOLERANCE - rounding)[t < 1].all()
     assert 0.5 < (t < 1).float().mean() < 0.95
     assert ((t >= 0) & (t <= 1)).all()
     # the border of the reference, but on lines that leave sRGB and enter it again; rounding shifts t at small chroma

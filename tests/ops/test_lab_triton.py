@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from helpers import largest_error
-from test_lab import in_order, some_lab, some_rgb
+from test_lab import check_every_byte, every_byte, in_order, some_lab, some_rgb  # noqa: F401, a fixture
 
 import fastcolor
 from fastcolor.ops import _backend
@@ -102,6 +102,20 @@ def test_gradients_match_float64(on_triton, gamut, layout, channels_last):
         scale = exact.grad.abs().amax(channel, keepdim=True) + 1e-3
         assert (error / scale > 2e-3).any(channel).float().mean() <= 0.005
         assert fast.grad.isfinite().all()
+
+
+@interpreted
+@pytest.mark.slow
+def test_all_byte_colours(on_triton, every_byte, monkeypatch):  # noqa: F811
+    """In large blocks: the interpreter's time is that of its programs.
+
+    TRITON_INTERPRET=1 python -m pytest -m slow tests/ops/test_lab_triton.py
+    """
+    from fastcolor.kernels.triton import lab
+
+    monkeypatch.setattr(lab, "BLOCK", 1 << 18)
+    check_every_byte(every_byte, ["clip"])
+    check_every_byte(every_byte[4:5], ["preserve_lightness"])
 
 
 @interpreted
