@@ -166,7 +166,7 @@ def benchmark(batch: int, width: int, height: int, mine: ColorNetwork, other: Ec
 def main(arguments: list[str] | None = None) -> int:
     parser = timing.parser("network", __doc__, "256x256", "few samples, one picture, no torch.compile")
     options = timing.parse(parser, arguments)
-    width, height = options.size or (256, 256)
+    width, height = options.size or ((128, 128) if options.quick else (256, 256))
     if width % 8 or height % 8:
         parser.error(f"--size must have sides that divide by 8, for the peer's sake; got {width}x{height}")
     record, rows = timing.machine(options.device, options.commit), []

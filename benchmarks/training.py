@@ -1,14 +1,14 @@
 """Training from photos on disk: images a second, ours beside the reference pipeline, and where the time goes.
 
-`python -m benchmarks.training [--data FOLDER] [--size 128x128] [--batch 16] [--device cpu|cuda] [--json FILE] [--quick]`
+`python -m benchmarks.training [--data FOLDER] [--size 128x128] [--batch 16] [--device cpu|cuda] [--quick]`
 
-The reference pipeline is what ports of Zhang et al. 2016 do, written anew and without mistakes: Pillow decodes and crops,
-scikit-image makes Lab in the loader's workers, soft targets are a tensor of N·K, the network (the same one) and its
-cross-entropy run in eager float32, Adam in PyTorch's default form. Ours is the training loop of `fastcolor train` with
-its defaults, averaged weights included, from the same JPEG files and from a pack of them (`fastcolor pack`).
+The reference pipeline is what ports of Zhang et al. 2016 do, written anew and without mistakes: Pillow decodes and
+crops, scikit-image makes Lab in the loader's workers, soft targets are a tensor of N·K, the network (the same one) and
+its cross-entropy run in eager float32, Adam in PyTorch's default form. Ours is the training loop of `fastcolor train`
+with its defaults, averaged weights included, from the same JPEG files and from a pack of them (`fastcolor pack`).
 
-A sample is a whole epoch of some steps, from the first photo read to the last step; pipelines take turns, and none has a
-worker at work while another is timed. All have the same threads, and as many workers.
+A sample is a whole epoch of some steps, from the first photo read to the last step; pipelines take turns, and none has
+a worker at work while another is timed. All have the same threads, and as many workers.
 """
 
 from __future__ import annotations
@@ -310,8 +310,9 @@ def pipelines(folder: Path, size: int, batch: int, photos: int, options) -> Iter
         pack(parts, data, packed, size * 9 // 8)
         common = (size, batch, options.workers, options.device)
         made: dict = {}
-        for source, where in (("pack", packed), ("JPEG", data)):
-            for precision in ("bf16", "fp32"):
+        some = 1 if options.quick else 2
+        for source, where in (("pack", packed), ("JPEG", data))[:some]:
+            for precision in ("fp32", "bf16")[:some]:
                 made[f"fastcolor, {source}, {precision}"] = Ours(
                     where, Path(place, source, precision), precision, common
                 )

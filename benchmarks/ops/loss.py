@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         timing.parser("loss", __doc__, sizes, "few samples, the smallest size, no torch.compile"), arguments
     )
     record, rows = timing.machine(options.device, options.commit), []
-    sizes = SIZES[options.device][: 1 if options.quick else None]
+    sizes = [(2, 32, 32)] if options.quick else SIZES[options.device]
     if options.size:
         width, height = options.size
         sizes = [(2 if options.quick else 16, height, width)]
