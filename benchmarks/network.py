@@ -88,7 +88,7 @@ def peers(mine: ColorNetwork, other: Eccv16 | None, L: Tensor, device: str, quic
             if order == "channels_last" or not quick:
                 build = called(mine, L, dtype, layout, device)
                 yield Peer(f"fastcolor, {kind}, {order}", own_work, moved, build, dtype, True)
-        if not quick:
+        if not quick and len(L) == BATCHES[device][1]:  # it compiles for half a minute
             build = called(mine, L, dtype, torch.channels_last, device, compile=True)
             yield Peer(f"fastcolor, {kind}, torch.compile", own_work, moved, build, dtype, True)
         if other:
