@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     if width % 8 or height % 8:
         parser.error(f"--size must have sides that divide by 8, for the peer's sake; got {width}x{height}")
     record, rows = timing.machine(options.device, options.commit), []
-    # on a GPU PyTorch's convolutions of float32 are products of TF32: the matrix product that they are compared with too
+    # on a GPU PyTorch's convolutions of float32 are products of TF32: so is the matrix product beside them
     torch.set_float32_matmul_precision("high" if options.device == "cuda" else "highest")
     torch.manual_seed(0)
     mine, other = our_network(), Eccv16().eval()
