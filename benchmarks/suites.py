@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -105,7 +106,9 @@ def duration(seconds: float) -> str:
 
 
 def run(chosen: list[str], options: argparse.Namespace) -> int:
-    """Runs the suites in turn. 0: all passed; 1: one failed; 130: stopped by Ctrl-C."""
+    """Runs the suites in turn. 0: all passed; 1: one failed; 130: stopped by Ctrl-C, or by a termination."""
+    # as Ctrl-C, which the suite's process has too: it must not be left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     commit = options.commit or timing.checkout()
     arguments = ["--device", options.device, "--threads", str(options.threads), "--commit", commit]
     arguments += ["--quick"] if options.quick else []
