@@ -30,6 +30,12 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
+def fresh_choice():
+    """Tests may pretend that a backend is there, or is not."""
+    _backend._choose.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 

@@ -151,10 +151,15 @@ def choose(op: str, device: torch.device) -> Choice:
     Raises:
         BackendError: every backend that was asked for is absent, on another device, or lacks the operation.
     """
+    return _choose(op, device, _forced)
+
+
+@cache  # on small pictures the search would take as long as the kernel
+def _choose(op: str, device: torch.device, wished: tuple[str, ...]) -> Choice:
     native("_cpu")  # looks at FASTCOLOR_SIMD
     if _environment_error is not None:
         raise BackendError(_environment_error)
-    wished, offers = forced(), OFFERS[op]
+    offers = OFFERS[op]
     reasons = []
     for name in wished or offers:
         if name not in offers:
@@ -178,6 +183,19 @@ def choose(op: str, device: torch.device) -> Choice:
         else:
             return Choice(name, f"the only one on {device.type}")
     raise BackendError("; ".join(reasons))
+
+
+def left_to_reference(op: str, device: torch.device, why: str) -> None:
+    """The reference takes what kernels do not: an error where others were asked for, a word in the log where none was.
+
+    Raises:
+        BackendError: backends were asked for, and the reference is not among them.
+    """
+    wished = forced()
+    if wished and "reference" not in wished:
+        raise BackendError(f"{op} cannot run on backend {wished[0]!r}: {why} (ask for '{wished[0]},reference')")
+    if not wished and not torch.compiler.is_compiling():
+        say_once(op, device.type, why)
 
 
 @contextmanager

@@ -98,16 +98,14 @@ def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
 
 
 def _left_to_reference(logits: Tensor, neighbors: int) -> bool:
-    """Whether kernels do not take this; an error where a backend was asked for."""
+    """Whether kernels do not take this; an error where a backend was asked for that is one of them."""
     if logits.dtype not in STORAGE:
         why = f"{logits.dtype} is computed on the reference"
     elif neighbors > _MOST_NEIGHBORS:
         why = f"kernels take up to {_MOST_NEIGHBORS} neighbors, got {neighbors}"
     else:
         return False
-    wished = _backend.forced()
-    if wished and "reference" not in wished:
-        raise _backend.BackendError(f"color_cross_entropy cannot run on backend {wished[0]!r}: {why}")
+    _backend.left_to_reference("color_cross_entropy", logits.device, why)
     return True
 
 
@@ -201,6 +199,14 @@ _cross_entropy = torch.ops.fastcolor.color_cross_entropy.default
 _cross_entropy_backward = torch.ops.fastcolor.color_cross_entropy_backward.default
 
 
+def _graph_is_kept() -> bool:
+    """Whether the backward pass under way may be gone through again. torch does not say so in public: where it does not
+    say so at all, a graph counts as kept, which costs a copy.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
 class _CrossEntropy(torch.autograd.Function):
     """A scalar loss leaves its gradient in the forward. That of each pixel has factors which only the backward knows:
     it reads the logits once more, where a product with a kept gradient would read and write as much as they are.
@@ -228,7 +234,7 @@ class _CrossEntropy(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if ctx.count is not None:
             upstream = upstream / (max(1, ctx.count) if isinstance(ctx.count, int) else ctx.count.clamp_min(1))
-        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        if torch.compiler.is_compiling() or _graph_is_kept():
             return (grad * upstream).to(grad.dtype), *none  # a graph that is kept may be gone through again
         # On the CPU a look at the factor is free, and a pass over the gradient is not: nearly always it is 1.
         if not grad.is_cuda and upstream.item() == 1:

@@ -14,9 +14,8 @@ from fastcolor.ops import cross_entropy as op
 # Pixels whose logits are held: what was fastest, by the bytes of a number.
 _CHUNK = {4: 1024, 2: 4096}
 
-_FEWEST = (
-    1 << 15
-)  # pixels: with fewer, whose logits are no burden, the two operations are faster (benchmarks/ops/loss.py)
+# Pixels: with fewer, whose logits are no burden, the two operations are faster (benchmarks/ops/loss.py).
+FEWEST = 1 << 15
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -68,7 +67,7 @@ def head_cross_entropy(
     wants = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (features, weight, bias))
     # chunks are made for a cache; on a GPU they would be launches
     on_cpp = features.device.type == "cpu" and op._chosen(features.device, _backend.forced()) == "cpp"
-    few = features.numel() < _FEWEST * channels
+    few = features.numel() < FEWEST * channels
     if few or not on_cpp or not wants or op._left_to_reference(features, neighbors) or torch.compiler.is_compiling():
         cast = [None if x is None else x.to(features.dtype) for x in (weight.reshape(labels, channels, 1, 1), bias)]
         return op.color_cross_entropy(F.conv2d(features, *cast), ab, reduction=reduction, **options)

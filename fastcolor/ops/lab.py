@@ -180,7 +180,7 @@ def rgb_to_lab(rgb: Tensor, *, channels_last: bool = False, dtype: torch.dtype |
     """
     _check_channels("rgb", rgb, channels_last, (*_INTEGERS, *_FLOATS))
     dtype = _check_dtype(dtype or (rgb.dtype if rgb.is_floating_point() else torch.float32), _FLOATS)
-    if _on_reference(rgb) or dtype == torch.float64:
+    if _on_reference("rgb_to_lab", rgb, rgb.dtype, dtype):
         return reference.rgb_to_lab(rgb, channels_last, dtype)
     if rgb.requires_grad and torch.is_grad_enabled():
         return _RgbToLab.apply(rgb, channels_last, dtype)
@@ -212,7 +212,7 @@ def lab_to_rgb(
     dtype = _check_dtype(dtype or lab.dtype, (*_INTEGERS, *_FLOATS))
     if gamut not in _GAMUTS:
         raise ValueError(f"gamut must be one of {', '.join(_GAMUTS)}; got {gamut!r}")
-    if _on_reference(lab):
+    if _on_reference("lab_to_rgb", lab, lab.dtype):
         return reference.lab_to_rgb(lab, channels_last, dtype, gamut)
     preserve_lightness = gamut == "preserve_lightness"
     if lab.requires_grad and torch.is_grad_enabled() and dtype not in _INTEGERS:
@@ -220,13 +220,13 @@ def lab_to_rgb(
     return _lab_to_rgb(lab, channels_last, dtype, preserve_lightness)
 
 
-def _on_reference(tensor: Tensor) -> bool:
+def _on_reference(op: str, tensor: Tensor, *types: torch.dtype) -> bool:
     """No op, so that torch.compile fuses the formulas with their neighbours."""
-    return (
-        tensor.dtype == torch.float64
-        or tensor.device.type not in ("cpu", "cuda")
-        or _backend.forced()[:1] == ("reference",)
-    )
+    if tensor.device.type not in ("cpu", "cuda") or _backend.forced()[:1] == ("reference",):
+        return True
+    if torch.float64 in types:
+        _backend.left_to_reference(op, tensor.device, "float64 is computed on the reference")
+    return torch.float64 in types
 
 
 def _check_channels(name: str, tensor: Tensor, channels_last: bool, dtypes: tuple[torch.dtype, ...]) -> None:

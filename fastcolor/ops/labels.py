@@ -1,4 +1,4 @@
-"""The tables in which C++ kernels look up the nearest labels of a colour. The definition is `ColorBins.nearest`."""
+"""The nearest labels of colours, and the tables in which kernels find them. The definition is `ColorBins.nearest`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcolor.bins import CELL, CELLS, CELLS_FROM, ColorBins
 from fastcolor.ops import _backend
 
-_backend.offer("label_histogram", "cpp")
+_backend.offer("label_histogram", "triton", "cpp")
 
 _LANES = 16  # kTableLanes of kernels/cpu/labels.h
 
@@ -74,18 +74,23 @@ def device_tables(
 
 
 def nearest_labels(ab: Tensor, bins: ColorBins, neighbors: int = 1) -> tuple[Tensor, Tensor]:
-    """`bins.nearest(ab, neighbors)` in C++ for float32 colours [..., 2] on the CPU; elsewhere that itself.
+    """`bins.nearest(ab, neighbors)` of colours [..., 2] in C++ or Triton; of float64, on the reference, that itself.
 
     Returns:
-        index [G, ..., neighbors] int64 and squared distance [G, ..., neighbors].
+        index [G, ..., neighbors] int64 and squared distance [G, ..., neighbors] float32.
     """
-    if not _on_cpp(ab):
-        return bins.nearest(ab, neighbors)
     k = min(neighbors, len(bins.centers))
+    backend = _backend_of(ab)
+    if backend == "reference":
+        return bins.nearest(ab, neighbors)
+    flat = ab.float().contiguous()
+    if backend == "triton":
+        from fastcolor.kernels.triton import labels  # triton is optional
+
+        return labels.nearest(flat, *_on_device(bins, k, ab.device), k)
     space = tables(bins.kind, bins.own_centers, k)
     shape = (space.axes, *ab.shape[:-1], k)
-    index, squared = ab.new_empty(shape, dtype=torch.int64), ab.new_empty(shape)
-    flat = ab.contiguous()
+    index, squared = ab.new_empty(shape, dtype=torch.int64), flat.new_empty(shape)
     _backend.native("_cpu").nearest_labels(
         space.native, flat.data_ptr(), True, 1, flat.numel() // 2, k, index.data_ptr(), squared.data_ptr(),
         torch.get_num_threads(),
@@ -94,18 +99,31 @@ def nearest_labels(ab: Tensor, bins: ColorBins, neighbors: int = 1) -> tuple[Ten
 
 
 def label_histogram(ab: Tensor, bins: ColorBins) -> Tensor:
-    """`bins.histogram(ab)` in C++ for float32 colours [..., 2] on the CPU; elsewhere that itself. [K] float64."""
-    if not _on_cpp(ab):
+    """`bins.histogram(ab)` of colours [..., 2] in C++ or Triton; of float64, on the reference, that itself. [K] float64
+    on the device of the colours.
+    """
+    backend = _backend_of(ab)
+    if backend == "reference":
         return bins.histogram(ab)
+    flat = ab.float().contiguous()
+    if backend == "triton":
+        from fastcolor.kernels.triton import labels  # triton is optional
+
+        return labels.label_histogram(flat, *_on_device(bins, 1, ab.device)).double()
     space = tables(bins.kind, bins.own_centers, 1)
     counts = ab.new_empty(bins.count, dtype=torch.int64)
-    flat = ab.contiguous()
     _backend.native("_cpu").label_histogram(
         space.native, flat.data_ptr(), True, 1, flat.numel() // 2, counts.data_ptr(), torch.get_num_threads()
     )
     return counts.double()
 
 
-def _on_cpp(ab: Tensor) -> bool:
-    takes = ab.device.type == "cpu" and ab.dtype == torch.float32
-    return takes and _backend.choose("label_histogram", ab.device).name == "cpp"
+def _on_device(bins: ColorBins, neighbors: int, device: torch.device) -> tuple:
+    """What Triton's kernels are told of a label space."""
+    return device_tables(bins.kind, bins.own_centers, neighbors, device), side_of(bins.kind), CELLS_FROM, CELL
+
+
+def _backend_of(ab: Tensor) -> str:
+    if ab.dtype == torch.float64 or ab.device.type not in ("cpu", "cuda"):
+        return "reference"
+    return _backend.choose("label_histogram", ab.device).name

@@ -209,18 +209,14 @@ def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
 
 
 def _left_to_reference(logits: Tensor, columns: int) -> bool:
-    """Whether kernels do not take this; an error where a backend was asked for, a word in the log where none was."""
+    """Whether kernels do not take this; an error where a backend was asked for that is one of them."""
     if logits.dtype == torch.float64:
         why = "float64 is computed on the reference"
     elif columns > _MOST_COLUMNS:
         why = f"the similarity has {columns} columns, kernels take up to {_MOST_COLUMNS}: see label_factors"
     else:
         return False
-    wished = _backend.forced()
-    if wished and "reference" not in wished:
-        raise _backend.BackendError(f"mean_field cannot run on backend {wished[0]!r}: {why}")
-    if logits.dtype != torch.float64 and not torch.compiler.is_compiling():
-        _backend.say_once("mean_field", logits.device.type, why)
+    _backend.left_to_reference("mean_field", logits.device, why)
     return True
 
 

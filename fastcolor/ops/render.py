@@ -225,10 +225,12 @@ def render(
 
     Returns:
         sRGB [B, 3, H, W], or [B, H, W, 3] with `channels_last`. The reference computes it for float64, and where a
-        gradient is wanted of a floating result; else the kernels do, in float32.
+        gradient is wanted of a floating result; else the kernels do, in float32. nan in guide or ab makes nan of the
+        pixels near it: 0 in integers.
 
     Raises:
         TypeError: `dtype` is another type. ValueError: shapes that do not belong together, or an option out of range.
+        BackendError: a backend was asked for that does not take these types, or gradients.
     """
     _check_planes(ab, guide, "L", L, sigma_light)
     if not L.is_floating_point():
@@ -266,7 +268,8 @@ def render_uv(
         sigma_light: width in L units of the Gaussian of the lightness difference.
 
     Returns:
-        U and V (Cb and Cr), [B, 1, ⌈H/down⌉, ⌈W/across⌉] each, of the type of `luma`. Not differentiable.
+        U and V (Cb and Cr), [B, 1, ⌈H/down⌉, ⌈W/across⌉] each, of the type of `luma`. Not differentiable. Where a or b
+        is nan, they are neutral.
 
     Raises:
         TypeError: `luma` has not the type of the format. ValueError: shapes that do not belong together, or an option
@@ -308,14 +311,17 @@ def luma_to_lightness(luma: Tensor, bits: int = 8, full_range: bool = True) -> T
 
 def _on_reference(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
     """No op, so that torch.compile fuses the formulas with their neighbours and gradients flow."""
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return (
-        any(t.dtype == torch.float64 for t in tensors)
-        or dtype == torch.float64
-        or tensors[-1].device.type not in ("cpu", "cuda")
-        or (wants_gradient and dtype.is_floating_point)
-        or _backend.forced()[:1] == ("reference",)
-    )
+    device = tensors[-1].device
+    if device.type not in ("cpu", "cuda") or _backend.forced()[:1] == ("reference",):
+        return True
+    if dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors):
+        why = "float64 is computed on the reference"
+    elif dtype.is_floating_point and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        why = "gradients are computed on the reference; torch.no_grad() does without"
+    else:
+        return False
+    _backend.left_to_reference(op, device, why)
+    return True
 
 
 def _check_planes(ab: Tensor, guide: Tensor, name: str, full: Tensor, sigma_light: float) -> None:

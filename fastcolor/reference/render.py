@@ -42,7 +42,8 @@ def upsample_chroma(
         w_q = tent(y_p − y_q) tent(x_p − x_q) (exp(−(L_p − g_q)² / 2 sigma_light²) + FLOOR)
         tent(d) = max(0, 1 − |d|)
 
-    Places outside the low-resolution grid repeat the colour of its border.
+    Places outside the low-resolution grid repeat the colour of its border. A nan in guide or ab makes nan of the pixels
+    that have a share of it.
     """
     dtype = working_dtype(ab)
     ab, guide, L = ab.to(dtype), guide.to(dtype), L.to(dtype)
@@ -51,9 +52,11 @@ def upsample_chroma(
         ab_y, guide_y = ab.index_select(2, y), guide.index_select(2, y)  # [B, 2, H, w]
         for x, tent_x in _three(columns, ab.shape[-1], dtype):
             difference = guide_y.index_select(3, x) - L
-            w = ((difference.square() * (-0.5 / sigma_light**2)).exp() + FLOOR) * (tent_y[:, None] * tent_x)
-            total = total + w * ab_y.index_select(3, x)
-            weights = weights + w
+            tent = tent_y[:, None] * tent_x
+            w = ((difference.square() * (-0.5 / sigma_light**2)).exp() + FLOOR) * tent
+            # not 0 · nan: a neighbour without a share has no say
+            total = total + torch.where(tent > 0, w * ab_y.index_select(3, x), 0)
+            weights = weights + torch.where(tent > 0, w, 0)
     return total / weights
 
 
@@ -155,7 +158,8 @@ def render_uv(
     2. L is moved until the colour (L, a, b) has the luma Y', so that what a player decodes has the a and b that were
        asked for: _LUMA_STEPS times L += lightness of the grey Y' − lightness of the grey with the colour's luma, whose
        channels are clipped to [0, 1]; exact for greys, and better with each step for others;
-    3. the colour's chroma (Cb, Cr) is scaled towards 0, Y' held, until R', G', B' are inside [0, 1], and rounded.
+    3. the colour's chroma (Cb, Cr) is scaled towards 0, Y' held, until R', G', B' are inside [0, 1], and rounded; nan
+       becomes neutral.
     """
     dtype = working_dtype(ab)
     height, width = luma.shape[-2:]
@@ -184,7 +188,7 @@ def render_uv(
     for channel, weight in ((2, blue), (0, red)):
         value = t[:, 0] * difference[:, channel] / (2 * (1 - weight))  # Cb or Cr, in [−½, ½]
         level = (value * yuv.chroma_span + (1 << (yuv.bits - 1)) + 0.5).floor().clamp(0, 2**yuv.bits - 1)
-        planes.append(level.nan_to_num(0).to(torch.int32).to(luma.dtype)[:, None])
+        planes.append(level.nan_to_num(1 << (yuv.bits - 1)).to(torch.int32).to(luma.dtype)[:, None])
     return planes[0], planes[1]
 
 

@@ -1,7 +1,8 @@
 // Colour mathematics for single pixels, shared by the C++ and the CUDA kernels.
 //
-// All of it is branch-free float32 arithmetic without libm calls, so that a loop over it vectorizes. Constants are those
-// of scikit-image: sRGB (IEC 61966-2-1), D65, 2 degree observer. Each approximation states its bound; tests assert them.
+// All of it is branch-free float32 arithmetic without libm calls, so that a loop over it vectorizes. Constants are
+// those of scikit-image: sRGB (IEC 61966-2-1), D65, 2 degree observer. Each approximation states its bound; tests
+// assert them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -70,8 +71,8 @@ FC_INLINE float inverse_cbrt(float x) {
   return z + z * (1.0f - x * (z * z * z)) * (1.0f / 3.0f);
 }
 #else
-// x^(-1/3) for x in [2^-9, 8]. A linear guess in the exponent (1 - x z^3 within 0.103), then one step of order 4 and one
-// of order 3, without a division. Max relative error 4e-7 (test_lab.py: test_cube_root_bound).
+// x^(-1/3) for x in [2^-9, 8]. A linear guess in the exponent (1 - x z^3 within 0.103), then one step of order 4 and
+// one of order 3, without a division. Max relative error 4e-7 (test_lab.py: test_cube_root_bound).
 FC_INLINE float inverse_cbrt(float x) {
   float z = float_of(0x54a20000 - int32_t(float(bits_of(x)) * (1.0f / 3.0f)));
   float e = 1.0f - x * (z * z * z);
@@ -114,7 +115,7 @@ FC_INLINE float lab_f_slope(float t) {
 FC_INLINE float lab_f_inverse(float f) { return f > kInverseKnee ? f * f * f : (f - kOffset) * (1.0f / kSlope); }
 FC_INLINE float lab_f_inverse_slope(float f) { return f > kInverseKnee ? 3.0f * f * f : 1.0f / kSlope; }
 
-// sRGB transfer, both ways, and the slopes. Max absolute error 2e-6 on [0, 1] (test_lab.py: test_power_bound).
+// sRGB transfer, both ways, and the slopes. Max absolute error 2e-6 on [0, 1] (test_lab.py: test_transfer_bound).
 FC_INLINE float srgb_to_linear(float c) {
   const float x = c > 0.04045f ? c : 1.0f;
   return c > 0.04045f ? power((x + 0.055f) * (1.0f / 1.055f), 2.4f) : c * (1.0f / 12.92f);
@@ -194,19 +195,19 @@ FC_INLINE T gamut_excess(T r, T g, T b) {
 }
 FC_INLINE float gamut_excess(const Triple& c) { return gamut_excess(c.x, c.y, c.z); }
 
-// --- the gamut scale: the largest t in [0, 1] such that (L, t a, t b) is inside sRGB ----------------------------------
+// --- the gamut scale: the largest t in [0, 1] such that (L, t a, t b) is inside sRGB ---------------------------------
 //
-// Every t that is given lies inside, with the outside at most 2^-16 beyond it, as lab_to_linear in float32 tells the two
-// apart; 1 for colours inside, 0 where the grey of that L is outside itself. A line of one hue and lightness that leaves
-// sRGB and enters it again has several such t. Against float64: test_lab.py, test_gamut_scale_bound.
+// Every t that is given lies inside, with the outside at most 2^-16 beyond it, as lab_to_linear in float32 tells the
+// two apart; 1 for colours inside, 0 where the grey of that L is outside itself. A line of one hue and lightness that
+// leaves sRGB and enters it again has several such t. Against float64: test_lab.py, test_gamut_scale_bound.
 
 FC_INLINE bool gamut_fits(float L, float a, float b, float t) {
   return gamut_excess(lab_to_linear(L, t * a, t * b)) <= kGamutTolerance;
 }
 
 // From s, by Halley's method, to where the channel that is furthest out at s comes to its bound: on either piece of
-// lab_f_inverse a channel is a polynomial in s of degree 3 or 1, of which two derivatives cost little. Where that leads out
-// of [low, most], half of the way from s to low.
+// lab_f_inverse a channel is a polynomial in s of degree 3 or 1, of which two derivatives cost little. Where that leads
+// out of [low, most], half of the way from s to low.
 FC_INLINE float gamut_halley(float L, float a, float b, float s, float low, float most) {
   const float fy = (L + 16.0f) * (1.0f / 116.0f), of_x = a * 0.002f, of_z = b * -0.005f;
   const float fx = fy + s * of_x, fz = fy + s * of_z;
@@ -225,8 +226,9 @@ FC_INLINE float gamut_halley(float L, float a, float b, float s, float low, floa
   return t > low && t < most ? t : 0.5f * (low + s);
 }
 
-// Three bisections, so that of several borders the one is found that bisection finds, then three steps from the outside,
-// and as much inwards as puts the border in the middle of [t, t + 2^-16]. `gamut_border` tells where that did not do.
+// Three bisections, so that of several borders the one is found that bisection finds, then three steps from the
+// outside, and as much inwards as puts the border in the middle of [t, t + 2^-16]. `gamut_border` tells where that did
+// not do.
 FC_INLINE float gamut_guess(float L, float a, float b) {
   float low = 0.0f, most = 1.0f;
   FC_UNROLL

@@ -41,8 +41,11 @@ FC_INLINE float room(float difference, float y) {
 }
 
 struct Chroma {
-  float u, v;  // levels of Cb and Cr, cut off they are rounded; nan stays nan
+  float u, v;  // levels of Cb and Cr, cut off they are rounded
 };
+
+// nan is neutral.
+FC_INLINE float level_of(const UvJob& job, float x) { return x == x ? between(x, 0.0f, job.largest) : job.middle; }
 
 // grey: the lightness of the luma.
 FC_INLINE Chroma chroma_of(const UvJob& job, float luma, float grey, float a, float b) {
@@ -59,8 +62,7 @@ FC_INLINE Chroma chroma_of(const UvJob& job, float luma, float grey, float a, fl
   const float dr = c.x - own, dg = c.y - own, db = c.z - own;
   const float t0 = room(dr, y), t1 = room(dg, y), t2 = room(db, y);
   const float t01 = t0 < t1 ? t0 : t1, t = t01 < t2 ? t01 : t2;
-  return {between(t * db * job.of_u + job.middle, 0.0f, job.largest),
-          between(t * dr * job.of_v + job.middle, 0.0f, job.largest)};
+  return {level_of(job, t * db * job.of_u + job.middle), level_of(job, t * dr * job.of_v + job.middle)};
 }
 
 }  // namespace fastcolor

@@ -4,8 +4,8 @@
 
 namespace fastcolor {
 
-// Places of the result on the low-resolution grid, of each row and of each column: the nearest of its positions, which may
-// be outside, and how far beyond it, in [-1/2, 1/2].
+// Places of the result on the low-resolution grid, of each row and of each column: the nearest of its positions, which
+// may be outside, and how far beyond it, in [-1/2, 1/2].
 struct Places {
   const int32_t* at;
   const float* beyond;

@@ -13,7 +13,7 @@ namespace fastcolor::cpu {
 namespace {
 
 constexpr int64_t kBlock = 64;        // pixels whose targets are looked up together, and a row of the tile of planes
-constexpr int64_t kTile = 16;         // pixels of the tile where labels lie side by side: it stays in the first-level cache
+constexpr int64_t kTile = 16;         // pixels of the tile where labels lie side by side: it stays in the first cache
 constexpr int64_t kLarge = 1 << 22;   // bytes of gradients that no cache will keep until they are read
 
 // What all blocks share.
@@ -95,7 +95,8 @@ struct Scratch {
   std::vector<float> floats;
   float *share, *factor, *below, *total, *tile;
   Scratch(const CrossEntropyProblem& p, int64_t tile_floats)
-      : index(p.tables.axes * p.neighbors * kBlock), floats(p.tables.axes * (p.neighbors + 3) * kBlock + tile_floats + 16) {
+      : index(p.tables.axes * p.neighbors * kBlock),
+        floats(p.tables.axes * (p.neighbors + 3) * kBlock + tile_floats + 16) {
     const int64_t axes = p.tables.axes;
     share = floats.data() + (64 - reinterpret_cast<uintptr_t>(floats.data()) % 64) % 64 / sizeof(float);
     factor = share + axes * p.neighbors * kBlock;
@@ -143,7 +144,8 @@ double losses_of(const CrossEntropyProblem& p, const Block& block, float* losses
 
 void cross_entropy(const CrossEntropyProblem& p, float* loss, float* losses, void* grad) {
   const int64_t all = p.images * p.pixels, labels = p.tables.axes * p.tables.count;
-  const int64_t counted = p.ignore ? all - std::count_if(p.ignore, p.ignore + all, [](uint8_t x) { return x != 0; }) : all;
+  const auto ignored = [](uint8_t x) { return x != 0; };
+  const int64_t counted = p.ignore ? all - std::count_if(p.ignore, p.ignore + all, ignored) : all;
   const int64_t bytes = all * labels * (p.storage == Storage::kFloat32 ? 4 : 2);
   if (grad) expect_writes(grad, bytes);
   const Kernels& kernel = kernels();

@@ -1,5 +1,5 @@
-// Cross-entropy against soft-encoded colours on the CPU: a pixel's labels pass through the first-level cache once, which
-// leaves its loss and the gradient of its logits.
+// Cross-entropy against soft-encoded colours on the CPU: a pixel's labels pass through the first-level cache once,
+// which leaves its loss and the gradient of its logits.
 #pragma once
 #include <cstdint>
 
@@ -25,8 +25,8 @@ struct CrossEntropyProblem {
   int threads;
 };
 
-// loss: the sum or the mean; may be null. losses: [B, N] of each pixel; may be null. grad: of the logits, in their storage
-// and order; may be null. Sums over pixels are made in float64, in an order that does not depend on threads.
+// loss: the sum or the mean; may be null. losses: [B, N] of each pixel; may be null. grad: of the logits, in their
+// storage and order; may be null. Sums over pixels are made in float64, in an order that does not depend on threads.
 void cross_entropy(const CrossEntropyProblem& problem, float* loss, float* losses, void* grad);
 
 }  // namespace fastcolor::cpu

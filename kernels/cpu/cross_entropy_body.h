@@ -2,7 +2,7 @@
 
 constexpr int kRows = kLanes == 16 ? 4 : 2;     // pixels at a time, SIMD over labels
 constexpr int kColumns = kBlock / kLanes;       // vectors of a row of pixels
-constexpr int kGroup = kLanes == 16 ? 4 : 2;    // exponentials side by side: one by itself is a long chain of operations
+constexpr int kGroup = kLanes == 16 ? 4 : 2;    // exponentials side by side: one alone is a long chain of operations
 
 FC_INLINE I lane_numbers() {
   I lanes = {};
@@ -52,8 +52,8 @@ FC_INLINE void write_out(const float* from, T* to, int64_t n, bool large) {
 
 // --- labels side by side: SIMD over labels ---------------------------------------------------------------------------
 
-// One axis of P pixels: e = 2^((u − max u) log2 e) in `t` [P, job.labels] if it is to be kept, and what the loss is made of.
-// The last vector covers the last kLanes labels; those that a vector before it has too do not count there.
+// One axis of P pixels: e = 2^((u − max u) log2 e) in `t` [P, job.labels] if it is to be kept, and what the loss is
+// made of. The last vector covers the last kLanes labels; those that a vector before it has too do not count there.
 template <typename T, int P, bool kKeep>
 FC_INLINE void label_rows(const Job& job, const T* u, const Axis& axis, int64_t pixel, float* t) {
   const int64_t count = job.count, whole = count / kLanes, rest = count % kLanes, tail = count - kLanes;
@@ -209,7 +209,10 @@ void pixel_block(const Job& job, const Block& block, float* tile) {  // [K, kBlo
     I kept[kColumns];
     for (int c = 0; c < kColumns; ++c) {
       scale[c] = load(axis.factor + c * kLanes) / load(axis.total + c * kLanes);
-      for (int i = 0; i < kLanes; ++i) kept[c][i] = block.ignore && c * kLanes + i < block.n && block.ignore[c * kLanes + i] ? 0 : -1;
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t at = c * kLanes + i;
+        kept[c][i] = block.ignore && at < block.n && block.ignore[at] ? 0 : -1;
+      }
     }
     T* to = grad + a * job.count * job.pixels;
     for (int64_t l = 0; l < job.count; ++l) {

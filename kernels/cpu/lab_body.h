@@ -14,16 +14,9 @@ inline void store_floats(const Run& run, const View<float>& out, int64_t n) {
   copy_out(run.c, out, n, [](float v) { return v; });
 }
 
-// n neighbouring samples of a 16-bit type to float32, and back.
-template <typename T>
-inline void widen(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  if (i < n) store_some(to + i, load_some(from + i, n - i, 0.0f), 0, n - i);
-}
-
-template <typename T>
-inline void narrow(const float* from, T* to, int64_t n) {
+// n neighbouring samples of a 16-bit type to float32, or back.
+template <typename From, typename To>
+inline void convert(const From* from, To* to, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
   if (i < n) store_some(to + i, load_some(from + i, n - i, 0.0f), 0, n - i);
@@ -37,23 +30,23 @@ struct alignas(64) InOrder {
 template <typename T>
 inline void load_halves(const View<const T>& in, Run& run, int64_t n) {
   if (in.step == 1) {
-    for (int c = 0; c < 3; ++c) widen(in.at + c * in.plane, run.c[c], n);
+    for (int c = 0; c < 3; ++c) convert(in.at + c * in.plane, run.c[c], n);
     return;
   }
   InOrder all;
-  widen(in.at, all.samples, 3 * n);
+  convert(in.at, all.samples, 3 * n);
   load_floats({all.samples, 1, 3}, run, n);
 }
 
 template <typename T>
 inline void store_halves(const Run& run, const View<T>& out, int64_t n) {
   if (out.step == 1) {
-    for (int c = 0; c < 3; ++c) narrow(run.c[c], out.at + c * out.plane, n);
+    for (int c = 0; c < 3; ++c) convert(run.c[c], out.at + c * out.plane, n);
     return;
   }
   InOrder all;
   store_floats(run, {all.samples, 1, 3}, n);
-  narrow(all.samples, out.at, 3 * n);
+  convert(all.samples, out.at, 3 * n);
 }
 
 inline void store_bytes(const Run& run, const View<uint8_t>& out, int64_t n) {
@@ -64,7 +57,7 @@ inline void store_words(const Run& run, const View<uint16_t>& out, int64_t n) {
   copy_out(run.c, out, n, [](float v) { return uint16_t(to_level(v, 65535.0f)); });
 }
 
-// --- arithmetic, in place on a run -------------------------------------------------------------------------------------
+// --- arithmetic, in place on a run -----------------------------------------------------------------------------------
 
 inline void decode_srgb(Run& run, int64_t n) {
   for (auto& c : run.c) {
@@ -124,8 +117,8 @@ inline int64_t append_places(const int32_t* set, int64_t start, int64_t n, int32
   return count;
 }
 
-// The colours at some places of a run, one after the other; then greys up to a whole number of vectors, since what is left
-// over goes one by one. Returns how many that makes.
+// The colours at some places of a run, one after the other; then greys up to a whole number of vectors, since what is
+// left over goes one by one. Returns how many that makes.
 inline int64_t gather(const Run& from, const int32_t* at, int64_t count, Run& to) {
   for (int64_t i = 0; i < count; ++i) {
     for (int c = 0; c < 3; ++c) to.c[c][i] = from.c[c][at[i]];
@@ -254,7 +247,7 @@ inline void preserve_gradient(const Run& lab, Run& grad, int64_t n) {
   }
 }
 
-// --- the approximations by themselves, for the tests of their bounds --------------------------------------------------
+// --- the approximations by themselves, for the tests of their bounds -------------------------------------------------
 
 inline void inverse_cbrt(const float* x, float* out, int64_t n) {
 #pragma omp simd
@@ -269,5 +262,5 @@ inline void power(const float* x, float p, float* out, int64_t n) {
 const LabKernels kKernels = {
     load_words, load_floats, load_halves<Float16>, load_halves<BFloat16>,
     store_bytes, store_words, store_floats, store_halves<Float16>, store_halves<BFloat16>,
-    widen<Float16>, widen<BFloat16>, decode_srgb, encode_srgb, linear_run_to_lab, lab_run_to_linear,
+    convert<Float16, float>, convert<BFloat16, float>, decode_srgb, encode_srgb, linear_run_to_lab, lab_run_to_linear,
     lab_run_to_linear_inside, rgb_to_lab_gradient, clip_gradient, preserve_gradient, gamut_scales, inverse_cbrt, power};

@@ -11,7 +11,7 @@ struct LabelTables {
   const float* centers;        // [axes, 2, count]
   int64_t side, width;         // cells of the table along a and b, and labels in each: a multiple of kTableLanes
   float first, size;           // where the cells begin, and how large they are
-  const float* cells;          // [axes, side², 2, width] coordinates of labels that may be the nearest, inf past the last
+  const float* cells;          // [axes, side², 2, width] coordinates of labels that may be nearest, inf past the last
   const int32_t* cell_labels;  // [axes, side², width], ascending
 };
 

@@ -46,4 +46,6 @@ void nearest_run(const LabelTables& t, int64_t axis, int64_t k, const Colors& co
   }
 }
 
-inline RunFunction run_function(int64_t width) { return width == kTableLanes ? nearest_run<kTableLanes> : nearest_run<0>; }
+inline RunFunction run_function(int64_t width) {
+  return width == kTableLanes ? nearest_run<kTableLanes> : nearest_run<0>;
+}

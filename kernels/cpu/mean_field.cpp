@@ -156,8 +156,8 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 int chunk_of(int64_t rank) { return round_up(rank, 3) < round_up(rank, 4) ? 3 : 4; }
 
 // κ where the factors are B = [1, x, y], A = [−κ (x² + y²), 2 κ x, 2 κ y] up to their rounding, else 0. Then the first
-// column of B sums up q, one product less, and A H = −κ H₀ |(x, y) − (H₁, H₂) / H₀|² up to a term that all labels share:
-// as many products as A H, without its large terms that nearly cancel.
+// column of B sums up q, one product less, and A H = −κ H₀ |(x, y) − (H₁, H₂) / H₀|² up to a term that all labels
+// share: as many products as A H, without its large terms that nearly cancel.
 float curvature_of(const MeanFieldProblem& p) {
   if (p.rank != 3 || p.axes != 1) return 0.0f;
   double below = 0, above = 0, most = 0;
@@ -318,7 +318,8 @@ class Plan {
               tables_.data(), row / stride, p.rank,       p.offsets, p.dy,
               p.dx,           p.space,    p.sharpness,    p.damping, p.checkerboard,
               updates,        unary_.data(), kLog2E / temperature, curvature, stride,
-              backward ? updates : int64_t(p.uniform), round_up(p.width, kColumns), large, pairs, factors, starts_.data()};
+              backward ? updates : int64_t(p.uniform), round_up(p.width, kColumns), large, pairs, factors,
+              starts_.data()};
     // Whole images to each thread where they are many, else the columns of one.
     const int64_t blocks = (p.width + kColumns - 1) / kColumns;
     by_image_ = p.threads == 1 || p.batch % p.threads == 0 || p.batch >= 4 * p.threads;
@@ -436,7 +437,8 @@ void mean_field(const MeanFieldProblem& p, void* marginals, const float* colors,
   const int64_t ring = states ? p.height : plan.ring, state = (plan.updates + 1) * 2 * ring * plan.row;
   std::vector<float> rings(states ? 0 : plan.teams * state);
   const int64_t image_bytes = p.labels * pixels * bytes_of(p.storage);
-  const int64_t tile_bytes = p.labels_last ? 0 : plan.tile_rows * plan.job.padded_width * p.labels * bytes_of(p.storage);
+  const int64_t row_bytes = plan.job.padded_width * p.labels * bytes_of(p.storage);
+  const int64_t tile_bytes = p.labels_last ? 0 : plan.tile_rows * row_bytes;
   const Buffer tiles(plan.teams * tile_bytes);
   if (marginals) expect_writes(marginals, p.batch * image_bytes);
   plan.visit(plan.kernel.forward(p.storage, p.labels_last, plan.chunk, plan.curvature != 0), false,

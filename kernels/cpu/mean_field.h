@@ -33,13 +33,14 @@ struct MeanFieldProblem {
 };
 
 // marginals: as the logits, in their storage and order; may be null.
-// ab: [B, 2, H, W], Σ c q^(1/T) / Σ q^(1/T) with c = colors [K, 2] (0 on the other axis of separable labels); may be null.
-// states: H and F of the start and of each update for mean_field_backward, else null: then a few rows of each are kept.
+// ab: [B, 2, H, W], Σ c q^(1/T) / Σ q^(1/T) with c = colors [K, 2] (0 on the other axis of separable labels); may be
+// null. states: H and F of the start and of each update for mean_field_backward, else null: then a few rows of each are
+// kept.
 void mean_field(const MeanFieldProblem& problem, void* marginals, const float* colors, float temperature, float* ab,
                 float* states);
 
-// Where gradients go: logits are written, the others added to. `prior` may be null; guide, space and sharpness are all there
-// or null together, and so are a and b.
+// Where gradients go: logits are written, the others added to. `prior` may be null; guide, space and sharpness are all
+// there or null together, and so are a and b.
 struct MeanFieldGradients {
   float* logits;  // as the logits of the problem, in float32
   float *a, *b;   // [K, R]
@@ -49,8 +50,8 @@ struct MeanFieldGradients {
   float* prior;  // [B, R, H, W]
 };
 
-// grad: of the marginals, in the storage and order of the logits. Nothing of N·K is kept: q comes again from the logits and
-// the states.
+// grad: of the marginals, in the storage and order of the logits. Nothing of N·K is kept: q comes again from the logits
+// and the states.
 void mean_field_backward(const MeanFieldProblem& problem, const void* grad, const float* states,
                          const MeanFieldGradients& to);
 

@@ -11,7 +11,7 @@ FC_INLINE I lane_numbers() {
   return lanes;
 }
 
-// --- the stencil: H_i = (1 - damping) (Σ_j w_ij F_j + prior_i) + damping H_i, SIMD over pixels ----------------------------
+// --- the stencil: H_i = (1 - damping) (Σ_j w_ij F_j + prior_i) + damping H_i, SIMD over pixels -----------------------
 
 // w_ij of kLanes pixels with the neighbour at one offset.
 FC_INLINE V pair_weight(const float* guide, const float* other, float sharpness, float space) {
@@ -370,7 +370,7 @@ void label_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t
   if (k == job.updates) streamed();
 }
 
-// --- pixels side by side: SIMD over pixels ------------------------------------------------------------------------------
+// --- pixels side by side: SIMD over pixels ---------------------------------------------------------------------------
 
 // kLanes pixels of a row from x. At the end of a row they reach back, so that whole vectors are read.
 struct Lanes {
@@ -395,8 +395,8 @@ FC_INLINE V at_lanes(const float* row, const Lanes& lanes) {
   return load(some);
 }
 
-// Logits of kLanes pixels at a time lie together in memory of our own from when a row is first read until it is last read:
-// planes lie pages apart, which no prefetcher follows, and at a power of two few of them share a cache.
+// Logits of kLanes pixels at a time lie together in memory of our own from when a row is first read until it is last
+// read: planes lie pages apart, which no prefetcher follows, and at a power of two few of them share a cache.
 template <typename T>
 FC_INLINE T* tile_of(const Job& job, const Image& image, int64_t y, int64_t x) {
   return (T*)image.tiles + ((y % image.tile_rows) * job.padded_width + x / kLanes * kLanes) * job.labels;
@@ -574,9 +574,10 @@ void pixel_row(const Job& job, const Image& image, int64_t k, int64_t y, int64_t
   if (k == job.updates) streamed();
 }
 
-// --- backward: from the gradient of q at the last update to those of logits, H and F, down to the start --------------------
+// --- backward: from the gradient of q at the last update to those of logits, H and F, down to the start --------------
 
-// dF of update k from dG of update k + 1, whose weights are symmetric; and the gradients of the weights w_ij themselves.
+// dF of update k from dG of update k + 1, whose weights are symmetric; and the gradients of the weights w_ij
+// themselves.
 template <int RC>
 void scatter(const Job& job, const Image& image, int64_t k, int64_t y, int64_t x0, int64_t x1, Scratch& scratch) {
   int64_t n = 0;
@@ -937,7 +938,7 @@ void pixel_row_backward(const Job& job, const Image& image, int64_t k, int64_t y
   hand_on(job, image, k, y, x0, x1);
 }
 
-// --- the functions of a problem -------------------------------------------------------------------------------------------
+// --- the functions of a problem --------------------------------------------------------------------------------------
 
 template <typename T, int RC>
 RowFunction backward_of(bool labels_last) {
@@ -957,8 +958,10 @@ inline RowFunction backward_function(Storage storage, bool labels_last, int colu
 template <int RC, bool kQuadratic>
 RowFunction forward_of(Storage storage, bool labels_last) {
   switch (storage) {
-    case Storage::kFloat16: return labels_last ? label_row<Float16, RC, kQuadratic> : pixel_row<Float16, RC, kQuadratic>;
-    case Storage::kBFloat16: return labels_last ? label_row<BFloat16, RC, kQuadratic> : pixel_row<BFloat16, RC, kQuadratic>;
+    case Storage::kFloat16:
+      return labels_last ? label_row<Float16, RC, kQuadratic> : pixel_row<Float16, RC, kQuadratic>;
+    case Storage::kBFloat16:
+      return labels_last ? label_row<BFloat16, RC, kQuadratic> : pixel_row<BFloat16, RC, kQuadratic>;
     default: return labels_last ? label_row<float, RC, kQuadratic> : pixel_row<float, RC, kQuadratic>;
   }
 }

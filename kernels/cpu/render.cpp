@@ -76,8 +76,8 @@ std::pair<int64_t, float> before(const Places& places, int64_t i) {
 
 int64_t inside(int64_t i, int64_t size) { return std::clamp<int64_t>(i, 0, size - 1); }
 
-// Upsampled chroma for the rows of a band, one after the other: the low-resolution rows about a row are mostly those about
-// the next one.
+// Upsampled chroma for the rows of a band, one after the other: the low-resolution rows about a row are mostly those
+// about the next one.
 class Band {
  public:
   Band(const RenderProblem& problem, const RenderKernels& k, int64_t image, int64_t start, int64_t n)
@@ -94,7 +94,8 @@ class Band {
   // a and b of row y, given its lightness.
   void row(int64_t y, const float* L, float* a, float* b) {
     const auto [above, share] = before(p_.rows, y);
-    const Expanded &first = expanded(inside(above, p_.low_height)), &second = expanded(inside(above + 1, p_.low_height));
+    const Expanded& first = expanded(inside(above, p_.low_height));
+    const Expanded& second = expanded(inside(above + 1, p_.low_height));
     k_.upsample(first, second, columns_, share, p_.sharpness, p_.floor, L, a, b, n_);
   }
 
@@ -139,9 +140,10 @@ void load_row(const LabKernels& k, const void* plane, Sample sample, int64_t at,
   }
 }
 
-// --- luma at the places of chroma ----------------------------------------------------------------------------------------
+// --- luma at the places of chroma ------------------------------------------------------------------------------------
 
-// The samples about chroma sample k along one side, and their shares: on a sample, or between two; repeated at the border.
+// The samples about chroma sample k along one side, and their shares: on a sample, or between two; repeated at the
+// border.
 struct Taps {
   int64_t at[3];
   float share[3];

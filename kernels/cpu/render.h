@@ -22,8 +22,8 @@ struct RenderProblem {
 // L: [B, height, width], floating. rgb: [B, 3, height, width], or [B, height, width, 3] interleaved.
 void render(const RenderProblem& problem, const void* L, Sample light, const Channels& rgb, bool preserve_lightness);
 
-// luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples apart.
-// u, v: [B, height, width] of the same type. See reference/render.py: render_uv.
+// luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples
+// apart. u, v: [B, height, width] of the same type. See reference/render.py: render_uv.
 void render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* luma, int64_t luma_height,
                int64_t luma_width, int64_t row, int64_t image, void* u, void* v);
 

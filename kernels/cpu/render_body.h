@@ -1,16 +1,18 @@
-// What works on a piece of a row. No include guard: included once for each instruction set, as lab_body.h is. render.cpp
-// defines Expanded and Columns first.
+// What works on a piece of a row. No include guard: included once for each instruction set, as lab_body.h is.
+// render.cpp defines Expanded and Columns first.
 
-// 2^x for x <= 0, 0 from -126 on. Max relative error 3e-7 above (test_render.py: test_exp2_bound).
+// 2^x for x <= 0; 0 at -127 and below, at most 2^-126 from there to -126, and nan stays. Max relative error 3e-7 above
+// -126 (test_render.py: test_exp2_bound).
 FC_INLINE float exp2_of(float x) {
-  const float y = x > -126.0f ? x : -126.0f;
-  const float rounded = (y + 12582912.0f) - 12582912.0f;
-  const float e = exp2_of_fraction(y - rounded) * float_of((int32_t(rounded) + 127) << 23);
-  return x > -126.0f ? e : 0.0f;
+  constexpr float kMagic = 12582912.0f + 127.0f;  // 1.5 · 2^23: what is added to it is rounded to an integer
+  const float y = x < -127.0f ? -127.0f : x;
+  const float z = y + kMagic;  // its lowest bits are the exponent, of which 0 makes the float 0
+  return exp2_of_fraction(y - (z - kMagic)) * float_of(int32_t(uint32_t(bits_of(z)) << 23));
 }
 
 // One low-resolution row, brought to the columns of a piece: its values left and right of each.
-inline void expand(const float* guide, const float* a, const float* b, const Columns& columns, Expanded& to, int64_t n) {
+inline void expand(const float* guide, const float* a, const float* b, const Columns& columns, Expanded& to,
+                   int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const int32_t left = columns.left[i], right = columns.right[i];
     to.guide[0][i] = guide[left], to.guide[1][i] = guide[right];
@@ -38,7 +40,7 @@ inline void upsample(const Expanded& above, const Expanded& below, const Columns
   }
 }
 
-// --- video ---------------------------------------------------------------------------------------------------------------
+// --- video -----------------------------------------------------------------------------------------------------------
 
 // Luma of two rows down, or three, to one: out = shares · rows.
 template <typename T>
@@ -75,7 +77,7 @@ inline void chroma_levels(const UvJob& job, const float* luma, const float* ligh
 template <typename T>
 inline void store_levels(const float* level, T* to, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = T(int32_t(level[i] == level[i] ? level[i] : 0.0f));
+  for (int64_t i = 0; i < n; ++i) to[i] = T(int32_t(level[i]));
 }
 
 inline void exp2_run(const float* x, float* out, int64_t n) {

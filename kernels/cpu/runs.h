@@ -1,5 +1,5 @@
-// Runs of pixels: a run passes through three small planes in the first-level cache, so that the arithmetic is one vector
-// loop for every sample type and layout. What works on them is in lab_body.h.
+// Runs of pixels: a run passes through three small planes in the first-level cache, so that the arithmetic is one
+// vector loop for every sample type and layout. What works on them is in lab_body.h.
 #pragma once
 #include <algorithm>
 #include <cstdint>

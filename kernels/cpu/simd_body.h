@@ -32,7 +32,9 @@ FC_INLINE void store(BFloat16* p, V v) {
 
 #if FC_LANES == 16
 FC_INLINE V load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-FC_INLINE void store(Float16* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+FC_INLINE void store(Float16* p, V v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
 FC_INLINE V maximum(V a, V b) { return _mm512_max_ps(a, b); }
 #elif FC_LANES == 8
 FC_INLINE V load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -159,14 +161,15 @@ FC_INLINE void largests(const V (&v)[4], float (&out)[4]) {
 }
 #endif
 
-// 2^x for x <= 0; 0 at -127 and below, at most 2^-126 from there to -126, and nan stays. Max relative error 2.5e-7 above
-// -126 (test_mean_field.py: test_exp2_bound).
+// 2^x for x <= 0; 0 at -127 and below, at most 2^-126 from there to -126, and nan stays. Max relative error 2.5e-7
+// above -126 (test_mean_field.py: test_exp2_bound).
 #if FC_LANES == 4
 FC_INLINE V exp2_of(V x) {
   const V magic = splat(12582912.0f + 127.0f);  // 1.5 · 2^23: what is added to it is rounded to an integer
   x = maximum(splat(-127.0f), x);
   const V z = x + magic;
-  return exp2_of_fraction(x - (z - magic)) * (V)((U)z << 23);  // the lowest bits of z are the exponent, of which 0 makes the float 0
+  // the lowest bits of z are the exponent, of which 0 makes the float 0
+  return exp2_of_fraction(x - (z - magic)) * (V)((U)z << 23);
 }
 template <int P>
 FC_INLINE void exp2_of(V (&x)[P]) {
@@ -174,8 +177,8 @@ FC_INLINE void exp2_of(V (&x)[P]) {
 }
 #else
 // 2^(n / steps) · 2^f, the first from a table of one or two registers: multiplications are what bounds the passes over
-// the labels, and a table leaves half of them to the polynomial. n / steps may go below -126 only to -127, where the sum
-// of bits is 0.
+// the labels, and a table leaves half of them to the polynomial. n / steps may go below -126 only to -127, where the
+// sum of bits is 0.
 template <int P>
 FC_INLINE void exp2_of(V (&x)[P]) {
   constexpr int kShift = FC_LANES == 16 ? 18 : 20;  // 23 - log2(steps)

@@ -15,9 +15,9 @@
 namespace fastcolor::cuda {
 namespace {
 
-// A warp takes four strips of pixels, of 16 bytes of logits each. The eight lanes of a strip share its labels: lane s has
-// those with l = s (mod 8), and all pixels of the strip. So a row of a table is read once for a whole strip, logits are
-// read 16 bytes at a time, and a sum over labels is a sum over a lane's own registers, then over eight lanes.
+// A warp takes four strips of pixels, of 16 bytes of logits each. The eight lanes of a strip share its labels: lane s
+// has those with l = s (mod 8), and all pixels of the strip. So a row of a table is read once for a whole strip, logits
+// are read 16 bytes at a time, and a sum over labels is a sum over a lane's own registers, then over eight lanes.
 constexpr int kSplits = 8, kStrips = 4;
 constexpr int kThreads = 256;  // of a multiprocessor: 255 registers for each
 constexpr int kOffsets = 256;  // of the neighbourhood, in shared memory; those beyond are read from memory
@@ -341,8 +341,8 @@ __device__ float* stats_of(const Job& job, const Place& i, int64_t k, int64_t ax
   return job.stats + ((i.image * (job.updates + 1) + k) * job.p.axes + axis) * 3 * job.plane + i.at;
 }
 
-// Σ_j w_ij x_j of `columns` columns, x = planes of [H, W] at the pixel itself. `board`: the parity of y + x that counts,
-// or -1 for both.
+// Σ_j w_ij x_j of `columns` columns, x = planes of [H, W] at the pixel itself. `board`: the parity of y + x that
+// counts, or -1 for both.
 template <int N, typename T>
 __device__ void gather(const Job& job, const Shared<T>& shared, const Place& i, const float* x, int64_t columns,
                        int board, float (&sum)[N]) {
@@ -377,8 +377,8 @@ __device__ void publish(const Job& job, int finished) {
 }
 
 // Until all blocks with pixels within reach have finished an update: all of them run, for the launch is cooperative. A
-// barrier of the whole grid would wait for the slowest block anywhere, and for two more trips to the L2 cache. Since reach
-// is mutual, those who wait for this block have also read what it is about to overwrite.
+// barrier of the whole grid would wait for the slowest block anywhere, and for two more trips to the L2 cache. Since
+// reach is mutual, those who wait for this block have also read what it is about to overwrite.
 __device__ void wait(const Job& job, int finished, int64_t first, int64_t count, int64_t all) {
   const int64_t image = first / job.plane * job.plane, end = ((first + count - 1) / job.plane + 1) * job.plane;
   const int64_t from = max(image, first - job.reach), to = min(min(end, all), first + count + job.reach);
@@ -481,8 +481,8 @@ __device__ void each_chunk(int first, int end, Function function) {
 
 __device__ bool is_large(float most) { return fabsf(most) > kLarge && fabsf(most) < FLT_MAX; }
 
-// Scores minus `most`. Taken off from the start, `most` leaves digits that a score itself rounds away; but of scores beyond
-// 2^22 what it leaves may be anything, and they have to be rounded as `most` was.
+// Scores minus `most`. Taken off from the start, `most` leaves digits that a score itself rounds away; but of scores
+// beyond 2^22 what it leaves may be anything, and they have to be rounded as `most` was.
 template <int P>
 struct Near {
   float before[P], after[P];  // what is taken off
@@ -510,10 +510,10 @@ struct Near {
 
 enum class Features { kNone, kAll, kOnes };  // kOnes: the first column of B is 1, so its sum is that of q
 
-// One pass over the labels of an axis: the softmax of a strip, and Σ_l B[l] q_l by the way. `most` is the largest score or one
-// near it, for all pixels of the strip; Σ 2^(t − most) is returned, and features are set, for the lane's own pixel.
-// The largest score need not be known: exponentials are taken relative to that of the first label until their sum grows
-// beyond 2^64, which is rare; then relative to the largest one so far.
+// One pass over the labels of an axis: the softmax of a strip, and Σ_l B[l] q_l by the way. `most` is the largest score
+// or one near it, for all pixels of the strip; Σ 2^(t − most) is returned, and features are set, for the lane's own
+// pixel. The largest score need not be known: exponentials are taken relative to that of the first label until their
+// sum grows beyond 2^64, which is rare; then relative to the largest one so far.
 template <Features kFeatures, int kChunk, typename T, int N>
 __device__ float softmax(const Scores<T, N>& scores, const float4* b, int first, int end, float (&most)[kPixels<T>],
                          float (&features)[N ? N : 1]) {
@@ -668,7 +668,8 @@ __device__ void make_scores(const Job& job, const Shared<T>& shared, const Lane<
 
 // q of a strip and an axis in place of its logits.
 template <int kChunk, typename T, int N>
-__device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, int end, const float (&most)[kPixels<T>],
+__device__ void write_marginals(const Scores<T, N>& scores, T* tile, int first, int end,
+                                const float (&most)[kPixels<T>],
                                 const float (&inverse)[kPixels<T>]) {
   constexpr int P = kPixels<T>;
   const Near<P> near(most);
@@ -857,8 +858,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ J
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
-// From the last update to the start, only adjoints of H and F and three numbers of each softmax are made and kept, R-sized
-// all; then one pass over the labels makes every q once more, for the gradients of the logits and of A and B.
+// From the last update to the start, only adjoints of H and F and three numbers of each softmax are made and kept,
+// R-sized all; then one pass over the labels makes every q once more, for the gradients of the logits and of A and B.
 
 // A lane's choice among the values of its strip.
 template <int P>
@@ -1251,8 +1252,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const __grid_constant__ 
   }
 }
 
-// Gradients of the weights w_ij, and through them of the guide, the weights of the offsets and the sharpness. A thread has
-// pixel i and sees each pair from both of its ends: what i receives from j counts as w_ij, what it sends as w_ji.
+// Gradients of the weights w_ij, and through them of the guide, the weights of the offsets and the sharpness. A thread
+// has pixel i and sees each pair from both of its ends: what i receives from j counts as w_ij, what it sends as w_ji.
 __global__ void __launch_bounds__(256) pairs(const __grid_constant__ Job job) {
   const float sharpness = *job.p.sharpness, take = 1.0f - job.p.damping;
   const int64_t all = job.p.batch * job.plane, rank = job.p.rank;
@@ -1336,7 +1337,8 @@ bool lay_out(const Shape& s, int warps, int64_t pixels, Layout& layout) {
   const int64_t first = first_row + warps * rows * tile * int64_t(sizeof(float)), grads = first + one;
   const int64_t bytes = s.backward ? grads + one : grads;
   if (bytes > INT_MAX) return false;
-  layout = Layout{int(a), int(b), int(first_row), int(first), int(grads), int(bytes), int(strips * s.pixels), int(rows)};
+  layout = Layout{int(a),     int(b),     int(first_row),          int(first),
+                  int(grads), int(bytes), int(strips * s.pixels), int(rows)};
   return true;
 }
 
@@ -1381,7 +1383,8 @@ bool plan(const Shape& s, const Device& d, Plan& best) {
     if (p.images == 0) continue;
     p.groups = (s.batch + p.images - 1) / p.images;
     p.images = (s.batch + p.groups - 1) / p.groups;
-    p.pixels = std::max<int64_t>(round_up((p.images * s.plane + blocks - 1) / blocks, s.pixels), std::min<int64_t>(room, tile));
+    const int64_t share = round_up((p.images * s.plane + blocks - 1) / blocks, s.pixels);
+    p.pixels = std::max<int64_t>(share, std::min<int64_t>(room, tile));
     p.tile = int(p.pixels);
     p.blocks = int((p.images * s.plane + p.pixels - 1) / p.pixels);
     const int64_t tiles = (p.pixels + tile - 1) / tile, used = std::min<int64_t>(warps, tiles);

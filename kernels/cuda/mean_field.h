@@ -1,5 +1,5 @@
-// Mean field of a pairwise field over labels on the GPU: logits stay in shared memory for all sweeps of one launch, and only
-// R numbers a pixel travel between pixels, through the L2 cache.
+// Mean field of a pairwise field over labels on the GPU: logits stay in shared memory for all sweeps of one launch, and
+// only R numbers a pixel travel between pixels, through the L2 cache.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -20,7 +20,7 @@ struct MeanFieldProblem {
   int64_t rank;
   int64_t offsets;
   int64_t reach_y, reach_x;  // the largest |dy| and |dx|
-  const int* whole;          // [axes] labels of each, they add up to K; [O] dy; [O] dx: every offset with its mirror image
+  const int* whole;          // [axes] labels of each, they add up to K; [O] dy; [O] dx: each offset and its mirror
   const float* a;            // [K, R], s = A Bᵀ
   const float* b;            // [K, R]
   const float* guide;        // [B, H, W]
@@ -42,8 +42,8 @@ int64_t mean_field_backward_scratch(const MeanFieldProblem& problem);
 cudaError_t mean_field_resident_pixels(Storage storage, int64_t labels, int64_t rank, bool backward, int64_t* pixels);
 
 // marginals: as the logits, in their storage and order; may be null.
-// ab: [B, 2, H, W], Σ c q^(1/T) / Σ q^(1/T) with c = colors [K, 2] (0 on the other axis of separable labels); may be null.
-// states: H and F of the start and of each update for mean_field_backward, [B, U + 1, 2, R, H, W]; may be null.
+// ab: [B, 2, H, W], Σ c q^(1/T) / Σ q^(1/T) with c = colors [K, 2] (0 on the other axis of separable labels); may be
+// null. states: H and F of the start and of each update for mean_field_backward, [B, U + 1, 2, R, H, W]; may be null.
 cudaError_t mean_field(const MeanFieldProblem& problem, void* marginals, const float* colors, float temperature,
                        float* ab, float* states, float* scratch, cudaStream_t stream);
 

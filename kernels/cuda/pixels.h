@@ -1,5 +1,5 @@
-// Pixels of any type to registers and back. A warp takes a tile, a lane N neighbouring pixels of it, whose samples are one
-// access: 16 bytes for the widest type at hand.
+// Pixels of any type to registers and back. A warp takes a tile, a lane N neighbouring pixels of it, whose samples are
+// one access: 16 bytes for the widest type at hand.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -94,7 +94,8 @@ struct alignas(16) Exchange {
 template <int N>
 using Planes = float[3][N];
 
-// N = 1: any pixel. Else `first` is the pixel of lane 0, all lanes of the warp take part, and memory is aligned to packs.
+// N = 1: any pixel. Else `first` is the pixel of lane 0, all lanes of the warp take part, and memory is aligned to
+// packs.
 template <typename T, int N, typename Decode>
 __device__ void read(const Channels& in, int64_t image, int64_t pixels, int64_t first, Exchange& exchange,
                      const Decode& decode, Planes<N>& out) {
@@ -157,13 +158,16 @@ __device__ void write(const Channels& to, int64_t image, int64_t pixels, int64_t
     for (int k = 0; k < 3; ++k) put(staged + N * (3 * lane + k), packs[k]);
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < 3; ++k) put_global(base + first * 3 + N * (32 * k + lane), get<N>(staged + N * (32 * k + lane)));
+    for (int k = 0; k < 3; ++k) {
+      const int at = N * (32 * k + lane);
+      put_global(base + first * 3 + at, get<N>(staged + at));
+    }
     __syncwarp();
   }
 }
 
-// Of any type: which one is a branch that all threads take alike, cheaper than a kernel for each. A pack of eight is for
-// types of 16 bits at most.
+// Of any type: which one is a branch that all threads take alike, cheaper than a kernel for each. A pack of eight is
+// for types of 16 bits at most.
 template <int N, typename Decode>
 __device__ void load(const Channels& in, int64_t image, int64_t pixels, int64_t first, Exchange& exchange,
                      const Decode& decode, Planes<N>& out) {

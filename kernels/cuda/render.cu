@@ -106,7 +106,7 @@ __device__ void upsample(const Scene<T>& scene, int64_t image, int32_t y, int32_
     };
     const float w0 = weight(left.guide[0], high * ahead), w1 = weight(right.guide[0], high * behind);
     const float w2 = weight(left.guide[1], low * ahead), w3 = weight(right.guide[1], low * behind);
-    const float scale = __fdividef(1.0f, (w0 + w1) + (w2 + w3));
+    const float scale = __fdividef(1.0f, (w0 + w1) + (w2 + w3));  // within 2 units in the last place; weights < 2^126
     a[i] = scale * ((w0 * left.a[0] + w1 * right.a[0]) + (w2 * left.a[1] + w3 * right.a[1]));
     b[i] = scale * ((w0 * left.b[0] + w1 * right.b[0]) + (w2 * left.b[1] + w3 * right.b[1]));
   }
@@ -258,12 +258,6 @@ struct Luma {
   }
 };
 
-// A level that was brought to its range; nan becomes 0.
-template <typename S>
-__device__ S level_of(float x) {
-  return S(int32_t(x == x ? x : 0.0f));
-}
-
 template <int N, typename T, typename S>
 __device__ void chroma_at(const Scene<T>& scene, const Luma<S>& luma, const UvJob& job, int64_t image, int64_t i,
                           S (&u)[N], S (&v)[N]) {
@@ -276,7 +270,7 @@ __device__ void chroma_at(const Scene<T>& scene, const Luma<S>& luma, const UvJo
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     const Chroma c = chroma_of(job, y[k], L[k], a[k], b[k]);
-    u[k] = level_of<S>(c.u), v[k] = level_of<S>(c.v);
+    u[k] = S(int32_t(c.u)), v[k] = S(int32_t(c.v));
   }
 }
 

@@ -25,8 +25,8 @@ struct RenderProblem {
 cudaError_t render(const RenderProblem& problem, const void* L, Sample light, const Channels& rgb,
                    bool preserve_lightness, cudaStream_t stream);
 
-// luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples apart.
-// u, v: [B, height, width] of the same type. See reference/render.py: render_uv.
+// luma: [B, luma_height, luma_width] uint8 for 8 bits, else uint16; rows and images lie `row` and `image` samples
+// apart. u, v: [B, height, width] of the same type. See reference/render.py: render_uv.
 cudaError_t render_uv(const RenderProblem& problem, const YuvLayout& yuv, const void* luma, int64_t luma_height,
                       int64_t luma_width, int64_t row, int64_t image, void* u, void* v, cudaStream_t stream);
 

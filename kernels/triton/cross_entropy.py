@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastcolor.kernels.triton.elementary import exp2
+from fastcolor.kernels.triton.labels import nearest_labels
 from torch import Tensor
 
 PIXELS = 32  # of a program
@@ -20,18 +21,6 @@ WARPS = 4
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-3e38)  # in place of −inf, from which −inf can be taken away
-_FARTHEST = tl.constexpr(1e18)  # of a colour in a table of one cell: no square is infinite
-
-
-@triton.jit
-def _next_nearest(d, label, last_d, last_label, best_d, best_label, COUNT: tl.constexpr):
-    """The nearest of labels [P, W] after the last one that was found, or the best so far: distance and label, [P]."""
-    after = (d > last_d[:, None]) | ((d == last_d[:, None]) & (label > last_label[:, None]))
-    after = after & (label < COUNT)
-    least = tl.min(tl.where(after, d, float("inf")), 1)
-    first = tl.min(tl.where(after & (d == least[:, None]), label, COUNT), 1)
-    better = (first < COUNT) & ((best_label >= COUNT) | (least < best_d) | ((least == best_d) & (first < best_label)))
-    return tl.where(better, least, best_d), tl.where(better, first, best_label)
 
 
 @triton.jit
@@ -52,7 +41,6 @@ def cross_entropy_kernel(
     if MASKED:
         kept = kept & (tl.load(ignore_ptr + image * pixels + i, mask=valid, other=1) == 0)
     column = tl.arange(0, COLUMNS)[None, :]
-    w = tl.arange(0, WIDTH)[None, :]
     c = tl.arange(0, C)[None, :]
     loss = tl.zeros([P], tl.float32)
     if LABELS_LAST:
@@ -62,61 +50,15 @@ def cross_entropy_kernel(
         step = tl.full([], 1, tl.int64) * pixels
         base = image * K * pixels + i.to(tl.int64)
     for axis in tl.static_range(AXES):
-        # the nearest labels: in the cell of the colour, and among all labels where no cell has it
         if AXES == 1:
             x, y = a_of, b_of
         else:
             x = a_of if axis == 0 else b_of
             y = tl.zeros([P], tl.float32)
-        if SIDE == 1:
-            near = tl.abs(x) < _FARTHEST  # false for nan
-            cell = tl.zeros([P], tl.int32)
-        else:
-            row, line = tl.floor((x - cell_first) / cell_size), tl.floor((y - cell_first) / cell_size)
-            near = (row >= 0) & (row < SIDE) & (line >= 0) & (line < SIDE)
-            cell = tl.where(near, row, 0.0).to(tl.int32) * SIDE + tl.where(near, line, 0.0).to(tl.int32)
-        far = valid & ~near
-        some_far = tl.max(far.to(tl.int32), 0) > 0
-        cells = axis * SIDE * SIDE + cell[:, None]
-        label = tl.load(labels_ptr + cells * WIDTH + w)
-        dx = x[:, None] - tl.load(cells_ptr + cells * (2 * WIDTH) + w)
-        dy = y[:, None] - tl.load(cells_ptr + cells * (2 * WIDTH) + WIDTH + w)
-        d = dx * dx + dy * dy
-        index = tl.zeros([P, COLUMNS], tl.int32)
-        squared = tl.full([P, COLUMNS], float("inf"), tl.float32)
-        last_d = tl.full([P], -1.0, tl.float32)
-        last_label = tl.full([P], -1, tl.int32)
-        for j in tl.static_range(N):
-            best_d = tl.full([P], float("inf"), tl.float32)
-            best_label = tl.full([P], COUNT, tl.int32)
-            found_d, found = _next_nearest(d, label, last_d, last_label, best_d, best_label, COUNT)
-            if some_far:
-                all_d, all_label = best_d, best_label
-                for first in range(0, COUNT, C):
-                    every = first + c
-                    there = every < COUNT
-                    cx = tl.load(centers_ptr + axis * 2 * COUNT + every, mask=there, other=0.0)
-                    cy = tl.load(centers_ptr + axis * 2 * COUNT + COUNT + every, mask=there, other=0.0)
-                    ex = x[:, None] - cx
-                    ey = y[:, None] - cy
-                    all_d, all_label = _next_nearest(
-                        ex * ex + ey * ey,
-                        every + tl.zeros([P, C], tl.int32),
-                        last_d,
-                        last_label,
-                        all_d,
-                        all_label,
-                        COUNT,
-                    )
-                found_d = tl.where(far, all_d, found_d)
-                found = tl.where(far, all_label, found)
-            lost = found >= COUNT  # of nan: the first labels, at a distance that is none
-            found_d = tl.where(lost, float("nan"), found_d)
-            found = tl.where(lost, j, found)
-            index = tl.where(column == j, found[:, None], index)
-            squared = tl.where(column == j, found_d[:, None], squared)
-            last_d = found_d
-            last_label = found
+        index, squared = nearest_labels(
+            x, y, valid, axis, centers_ptr, cells_ptr, labels_ptr, cell_first, cell_size,
+            COUNT, SIDE, WIDTH, N, COLUMNS, P, C,
+        )  # fmt: skip
         nearest = tl.sum(tl.where(column == 0, squared, 0.0), 1)
         beyond = tl.where(column < N, squared - nearest[:, None], 0.0)
         share = tl.where(column < N, exp2(beyond * (sharpness * -_LOG2E)), 0.0)

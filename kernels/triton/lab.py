@@ -86,7 +86,9 @@ def _store(ptr, image, start, left, pixels, x, y, z, INTERLEAVED: tl.constexpr, 
 
 @triton.jit
 def _power(x, p):
-    """x^p for 2^-20 <= x <= 2^20. Max relative error 3e-6 for |p log2 x| <= 12: log2 and exp2 err by 2^-22 each."""
+    """x^p for 2^-20 <= x <= 2^20. Max relative error 3e-6 for |p log2 x| <= 12 (test_elementary_triton.py): log2 and
+    exp2 err by 2^-22 each.
+    """
     if PTX:  # three instructions; tl.log2 alone is some twenty, and would bound the kernels by arithmetic
         return tl.inline_asm_elementwise(
             "{.reg .f32 y; lg2.approx.ftz.f32 y, $1; mul.ftz.f32 y, y, $2; ex2.approx.ftz.f32 $0, y;}",
@@ -98,7 +100,9 @@ def _power(x, p):
 
 @triton.jit
 def _inverse_cbrt(x):
-    """x^(-1/3). Max relative error 2e-7: a Newton step, which needs no division, makes up for log2 and exp2."""
+    """x^(-1/3). Max relative error 3e-7 (test_elementary_triton.py): a Newton step, which needs no division, makes up
+    for log2 and exp2.
+    """
     z = _power(x, -1 / 3)
     return z + z * (1 - x * (z * z * z)) * (1 / 3)
 

@@ -173,9 +173,9 @@ def _room(difference, y):
 
 
 @triton.jit
-def _level(x, largest):
-    level = _between(x, 0.0, largest)
-    return tl.where(level == level, level, 0.0).to(tl.int32)
+def _level(x, middle, largest):
+    """nan is neutral."""
+    return tl.where(x == x, _between(x, 0.0, largest), middle).to(tl.int32)
 
 
 @triton.jit
@@ -220,8 +220,10 @@ def render_uv_kernel(
     t = tl.where(t0 < t1, t0, t1)
     t = tl.where(t < t2, t, t2)
     row = (image * height + y) * width
-    tl.store(u_ptr + row + x, _level(t * (bl - own) * of_u + middle, largest).to(u_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_ptr + row + x, _level(t * (r - own) * of_v + middle, largest).to(v_ptr.dtype.element_ty), mask=inside)
+    u = _level(t * (bl - own) * of_u + middle, middle, largest)
+    v = _level(t * (r - own) * of_v + middle, middle, largest)
+    tl.store(u_ptr + row + x, u.to(u_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + row + x, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

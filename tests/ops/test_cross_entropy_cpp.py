@@ -219,3 +219,35 @@ def test_in_a_forked_worker():
     color_cross_entropy(u, ab)  # with threads, before the fork
     loader = DataLoader(_Losses(), num_workers=1, multiprocessing_context="fork", timeout=60)
     assert all(x.isfinite().all() for x in loader)
+
+
+@every_simd
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "labels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gradients(dtype, last):
+    """From 4 MB on they are written past the caches: the same bits as in small pieces, at any address."""
+    rows = 60 if dtype == torch.float32 else 120
+    u, ab = problem(SPACES["joint"], (1, rows, 64), dtype, last)  # whole blocks of 64 pixels, whose sums do not move
+    assert u.numel() * u.element_size() > 1 << 22
+
+    def gradient(part):
+        x = u[:, :, part].detach()
+        x = x.contiguous(memory_format=torch.channels_last) if last else x.contiguous()
+        x.requires_grad_()
+        color_cross_entropy(x, ab[:, :, part].contiguous(), bins=SPACES["joint"], reduction="sum").backward()
+        return x.grad
+
+    whole, step = gradient(slice(None)), rows // 4
+    pieces = torch.cat([gradient(slice(i, i + step)) for i in range(0, rows, step)], 2)
+    assert torch.equal(whole, pieces)
+
+
+def test_gradient_where_torch_does_not_tell_whether_a_graph_is_kept(monkeypatch):
+    u, ab = problem(SPACES["joint"], (1, 2, 3))
+    u.requires_grad_()
+    (expected,) = torch.autograd.grad(color_cross_entropy(u, ab) * 3, u)
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    loss = color_cross_entropy(u, ab) * 3
+    for kept in (True, False):
+        (grad,) = torch.autograd.grad(loss, u, retain_graph=kept)
+        assert torch.equal(grad, expected)

@@ -17,7 +17,7 @@ BACKENDS = available("cpp", "reference")
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
-    monkeypatch.setattr(sys.modules["fastcolor.ops.head_cross_entropy"], "_FEWEST", 0)
+    monkeypatch.setattr(sys.modules["fastcolor.ops.head_cross_entropy"], "FEWEST", 0)
 
 
 def problem(bins, shape=(2, 5, 7), channels=6, dtype=torch.float32):

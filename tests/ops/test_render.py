@@ -208,7 +208,28 @@ def test_nan(backend):
         assert (levels[rgb.isnan()] == 0).all()
     luma = torch.randint(16, 236, (2, 1, 6, 32), dtype=torch.uint8).to(backend.device)
     for plane in fastcolor.render_uv(ab * torch.nan, guide, luma, fastcolor.YuvFormat()):
-        assert (plane == 0).all()
+        assert (plane == 128).all()
+
+
+@every_simd
+def test_nan_in_guide_or_chroma(backend):
+    """Pixels that have a share of it are nan, others as they were; in planes, the former are neutral."""
+    ab, guide, L = scene((5, 6), (20, 24), batch=1, device=backend.device)
+    luma = torch.randint(16, 236, (1, 1, 20, 24), dtype=torch.uint8).to(backend.device)
+    plain = fastcolor.render(ab, guide, L, dtype=torch.float32)
+    of_frame = fastcolor.render_uv(ab, guide, luma, fastcolor.YuvFormat("444"))
+    for broken in (0, 1):
+        inputs = [ab.clone(), guide.clone(), L]
+        inputs[broken][0, 0, 2, 3] = torch.nan
+        touched = torch.zeros(20, 24, dtype=torch.bool, device=backend.device)
+        touched[6:14, 10:18] = True  # two pixels of the low-resolution grid wide, less than which no tent is
+        assert torch.equal(exactly(*inputs).isnan(), touched.expand(1, 3, -1, -1))
+        rgb = fastcolor.render(*inputs, dtype=torch.float32)
+        assert torch.equal(rgb.isnan(), touched.expand_as(rgb))
+        assert torch.equal(rgb[..., ~touched], plain[..., ~touched])
+        assert (fastcolor.render(*inputs)[..., touched] == 0).all()
+        for plane, before in zip(fastcolor.render_uv(*inputs[:2], luma, fastcolor.YuvFormat("444")), of_frame):  # noqa: B905
+            assert (plane[..., touched] == 128).all() and torch.equal(plane[..., ~touched], before[..., ~touched])
 
 
 @pytest.fixture
@@ -242,6 +263,75 @@ def test_chroma_planes_match_float64(backend, formats, subsampling, bits):
                 assert off.max() <= 1
                 same, total = same + (off == 0).sum().item(), total + off.numel()
     assert same >= 0.99 * total
+
+
+def assert_planes(ab, guide, luma, form, scale=None, same=0.99):
+    """Of a backend against float64: within one level up to 12 bits, and nearly all the same; float32 has 16 of 65,536
+    levels in its rounding where the luma is looked for near black.
+    """
+    ours = fastcolor.render_uv(ab, guide, luma, form, scale=scale)
+    scale = scale or tuple(a / b for a, b in zip(ab.shape[2:], luma.shape[2:], strict=True))
+    exact = reference.render_uv(ab.double(), guide.double(), luma, scale, 3.0, form)
+    for plane, expected in zip(ours, exact, strict=True):
+        off = (plane.int() - expected.int()).abs()
+        assert off.max() <= (16 if form.bits == 16 else 1), (form, off.max())
+        assert (off == 0).float().mean() >= (0.7 if form.bits == 16 else same)
+    return ours
+
+
+@every_simd
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_wide_and_deep_planes(backend, subsampling):
+    """Rows of several runs of 1024 samples; 12 and 16 bits."""
+    ab, guide, _ = scene((3, 90), (1, 1), batch=1, device=backend.device)
+    for bits, width in ((8, 2083), (10, 1100), (12, 2083), (16, 2500)):
+        form = fastcolor.YuvFormat(subsampling, bits, full_range=bits == 12)
+        luma = torch.randint(0, 2**bits, (1, 1, 5, width), dtype=torch.int32).to(form.dtype).to(backend.device)
+        assert_planes(ab, guide, luma, form)
+
+
+@every_simd
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_planes_at_gamut_corners(backend, formats, subsampling, bits):
+    """Flat patches: the corners of sRGB at their own luma and at all others, and greys, whose planes are neutral."""
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).double()  # [8, 3] R'G'B'
+    colors = lab.rgb_to_lab(corners[:, None], channels_last=True)[:, 0].float()  # [8, 3]
+    for matrix, full_range, primaries, location in formats:
+        form = fastcolor.YuvFormat(subsampling, bits, matrix, full_range, primaries, location)
+        weights = torch.tensor(form.luma_weights, dtype=torch.float64)
+        levels = torch.cat(((corners @ weights), torch.linspace(0, 1, 9, dtype=torch.float64)))  # [17]
+        luma = (levels * form.luma_span + form.black + 0.5).int().clamp(0, 2**bits - 1)
+        luma = luma[:, None].expand(-1, 8).repeat_interleave(4, 0).repeat_interleave(4, 1)[None, None]
+        luma = luma.to(form.dtype).to(backend.device)  # [1, 1, 68, 32]: a row of patches for each luma
+        ab = colors[:, 1:].T[None, :, None].expand(1, 2, 17, 8).contiguous().to(backend.device)
+        guide = fastcolor.luma_to_lightness(luma, bits, full_range)[..., ::4, ::4].contiguous()
+        assert_planes(ab, guide, luma, form, (0.25, 0.25), same=0.97)
+        neutral = fastcolor.render_uv(ab * 0, guide, luma, form, scale=(0.25, 0.25))
+        # scikit-image's matrix and white make a = b = 0 a grey to 5 digits: four levels of 16 bits
+        off = max((plane.int() - (1 << (bits - 1))).abs().max().item() for plane in neutral)
+        assert off <= (4 if bits == 16 else 0)
+
+
+@cpp
+def test_a_wish_that_cannot_be_met():
+    ab, guide, L = scene((3, 3), (9, 9), batch=1)
+    luma = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    with fastcolor.use_backend("cpp"):
+        with pytest.raises(fastcolor.BackendError, match="render cannot run on backend 'cpp': float64"):
+            fastcolor.render(ab.double(), guide, L)
+        with pytest.raises(fastcolor.BackendError, match="render cannot run on backend 'cpp': float64"):
+            fastcolor.render(ab, guide, L, dtype=torch.float64)
+        with pytest.raises(fastcolor.BackendError, match="render_uv cannot run on backend 'cpp': float64"):
+            fastcolor.render_uv(ab.double(), guide, luma, fastcolor.YuvFormat())
+        wanted = ab.clone().requires_grad_()
+        with pytest.raises(fastcolor.BackendError, match="gradients are computed on the reference"):
+            fastcolor.render(wanted, guide, L, dtype=torch.float32)
+        assert not fastcolor.render(wanted, guide, L).requires_grad  # integers have none
+        with torch.no_grad():
+            assert torch.equal(fastcolor.render(wanted, guide, L), fastcolor.render(ab, guide, L))
+    with fastcolor.use_backend("cpp", "reference"):
+        assert fastcolor.render(wanted, guide, L, dtype=torch.float32).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
