@@ -1,6 +1,7 @@
 """Training from photos on disk: images a second, ours beside the reference pipeline, and where the time goes.
 
-`python -m benchmarks.training [--data FOLDER] [--size 128x128] [--batch 16] [--device cpu|cuda] [--quick]`
+`python -m benchmarks.training [--data FOLDER] [--size 128x128] [--batch 16] [--device cpu|cuda] [--json FILE]
+[--quick]`
 
 The reference pipeline is what ports of Zhang et al. 2016 do, written anew and without mistakes: Pillow decodes and
 crops, scikit-image makes Lab in the loader's workers, soft targets are a tensor of N·K, the network (the same one) and
@@ -33,8 +34,8 @@ from fastcolor.model.network import ColorNetwork, pool_to
 from fastcolor.ops.head_cross_entropy import head_cross_entropy
 from fastcolor.training.color import split_lab
 from fastcolor.training.config import TrainConfig, autocast
-from fastcolor.training.loop import Run
 from fastcolor.training.report import Silent, Stop
+from fastcolor.training.run import Run
 from fastcolor.training.sources import pack
 
 from . import timing
@@ -135,6 +136,9 @@ class Reference:
         self.network, self.device = ColorNetwork().to(device).train(), device
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4)
 
+    def network_parameters(self) -> Iterator[Tensor]:
+        return self.network.parameters()
+
     def loss(self, logits: Tensor, ab: Tensor) -> Tensor:
         return F.cross_entropy(logits, dense_targets(pool_to(ab, self.network.stride)))
 
@@ -171,14 +175,16 @@ class Reference:
 class Ours:
     """The loop of `fastcolor train`: `epoch` is `Run.train_epoch`."""
 
-    def __init__(self, data: Path, out: Path, precision: str, options):
-        size, batch, workers, device = options
+    def __init__(self, data: Path, out: Path, precision: str, size: int, batch: int, workers: int, device: str):
         self.config = TrainConfig(
             size=size, batch_size=batch, lr=1e-4, crop=CROP, precision=precision, workers=workers, device=device,
             epochs=1 << 20, out=str(out), save_every=0, classes="none",
         )  # fmt: skip
         self.run = Run(data, self.config, Silent())
         self.device = device
+
+    def network_parameters(self) -> Iterator[Tensor]:
+        return self.run.network.parameters()
 
     def epoch(self) -> None:
         self._next()
@@ -240,13 +246,12 @@ class Clock:
 def loss_difference(network: nn.Module, folder: Path, size: int) -> float:
     """How far our loss lies from the reference pipeline's, relative, for the same two crops and weights."""
     from PIL import Image
+    from skimage.color import rgb2lab
 
     files = sorted((folder / "train").iterdir())[:2]
     crops = [np.asarray(Image.open(f).convert("RGB").resize((size, size))) for f in files]
     rgb = torch.from_numpy(np.stack(crops))
     network = network.cpu().eval()
-    from skimage.color import rgb2lab
-
     lab = torch.from_numpy(np.stack([rgb2lab(c) for c in crops])).float().permute(0, 3, 1, 2)
     with torch.no_grad():
         theirs = F.cross_entropy(network(lab[:, :1]), dense_targets(pool_to(lab[:, 1:], network.stride)))
@@ -301,8 +306,8 @@ def loading(pipeline) -> float:
 
 
 @contextmanager
-def pipelines(folder: Path, size: int, batch: int, photos: int, options) -> Iterator[dict]:
-    """All of them on the same photos, by name."""
+def pipelines(size: int, batch: int, photos: int, options) -> Iterator[dict]:
+    """All of them on the same photos, by name; and under "difference" how far the two losses lie apart."""
     with tempfile.TemporaryDirectory() as place:
         data, packed = Path(place, "photos"), Path(place, "pack")
         lay_out(data, photos, options.data)
@@ -313,10 +318,9 @@ def pipelines(folder: Path, size: int, batch: int, photos: int, options) -> Iter
         some = 1 if options.quick else 2
         for source, where in (("pack", packed), ("JPEG", data))[:some]:
             for precision in ("fp32", "bf16")[:some]:
-                made[f"fastcolor, {source}, {precision}"] = Ours(
-                    where, Path(place, source, precision), precision, common
-                )
-        made["reference pipeline, JPEG, fp32"] = Reference(data, size, batch, options.workers, options.device)
+                out = Path(place, source, precision)
+                made[f"fastcolor, {source}, {precision}"] = Ours(where, out, precision, *common)
+        made["reference pipeline, JPEG, fp32"] = Reference(data, *common)
         made["difference"] = loss_difference(ColorNetwork(), data, size)
         try:
             yield made
@@ -330,7 +334,7 @@ def benchmark(size: int, batch: int, options) -> list[dict]:
     title = f"training, crops of {size}×{size}, {batch} a step, {steps} steps a sample, {options.workers} worker(s)"
     context = {"op": "training", "size": f"{size}x{size}", "batch": batch, "title": title,
                "oracle": "loss of the reference pipeline, relative", "photos": photos}  # fmt: skip
-    with pipelines(Path(), size, batch, photos, options) as made:
+    with pipelines(size, batch, photos, options) as made:
         error = made.pop("difference")
         candidates = [Candidate(n, None, ours=isinstance(p, Ours), error=error) for n, p in made.items()]
         for c in candidates:

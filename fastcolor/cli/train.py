@@ -96,7 +96,7 @@ def train(
     from fastcolor.ops._backend import BackendError
     from fastcolor.training import loop
     from fastcolor.training.data import DataError
-    from fastcolor.training.distributed import is_lead
+    from fastcolor.training.distributed import TeamError, is_lead
     from fastcolor.training.plan import dry_run as plan
     from fastcolor.training.state import TrainingError
 
@@ -112,10 +112,14 @@ def train(
                 plan(data, config, reporter)
                 return
             result = loop.train(data, config, reporter)
+        except TeamError:
+            raise typer.Exit(1) from None
         except expected as error:
             reporter.progress.stop()
-            number = "" if lead else f" (process {os.environ['RANK']})"
-            typer.echo(f"error: {error}{number}", err=True)
+            if lead:
+                typer.echo(f"error: {error}", err=True)
+            elif not isinstance(error, (ConfigError, CheckpointError)):  # the same in all processes
+                typer.echo(f"error in process {os.environ['RANK']}: {error}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             reporter.progress.stop()

@@ -43,7 +43,7 @@ from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
 from fastcolor.ops.mean_field import annealed_mean, mean_field
 from fastcolor.ops.render import render
 from fastcolor.training.data import Problems, find_photos
-from fastcolor.training.sources import fingerprint, read_photo
+from fastcolor.training.sources import fingerprint, read_pixels, shrunk
 
 GREY, MEAN, ORACLE = "grey (ab = 0)", "training mean colour", "nearest bin (oracle)"
 NOT_COMPUTED = {"lpips": "not computed: no weights at hand", "fid": "not computed: no weights at hand"}
@@ -227,12 +227,11 @@ class Evaluation:
 def _read(path: Path, side: int | None) -> np.ndarray | str:
     """[H, W, 3] uint8, or why there is none."""
     try:
-        image = read_photo(path, side or math.inf)
-        if side and min(image.width, image.height) > side:
-            image = image.resize(side / min(image.width, image.height))
-        if min(image.width, image.height) < _SMALLEST:
-            return f"{image.width}×{image.height} pixels, expected at least {_SMALLEST} a side"
-        return image.numpy()
+        pixels = read_pixels(path, side or math.inf)
+        pixels = shrunk(pixels, side) if side else pixels
+        if min(pixels.shape[:2]) < _SMALLEST:
+            return f"{pixels.shape[1]}×{pixels.shape[0]} pixels, expected at least {_SMALLEST} a side"
+        return pixels
     except ImageError as error:
         return str(error)
     except libvips().Error as error:
@@ -370,7 +369,7 @@ class Comparison:
 
     def _truth(self, name: str, pixels: np.ndarray) -> Truth:
         device = self.models[0].colorizer.device
-        rgb = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous().to(device)
+        rgb = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().to(device)
         truth = Truth(name, rgb, rgb_to_lab(rgb, dtype=torch.float32))
         if self.balance is not None:
             truth.balance = balance_weights(truth.lab[1:], self.balance[1], self.balance[0])

@@ -183,10 +183,10 @@ def bin_cross_entropy(marginals: Tensor, ab: Tensor, bins: ColorBins) -> Tensor:
         [B] float64; q below the smallest normal float32 counts as that.
     """
     index, p = soft_encode(bins, ab.movedim(-3, -1).double())  # [G, B, h, w, n]
-    log_q = marginals.double().clamp_min(torch.finfo(torch.float32).tiny).log()
     total = torch.zeros(len(ab), *ab.shape[2:], dtype=torch.float64, device=ab.device)
     for g, (place, _) in enumerate(bins.groups()):
-        total = total - (p[g].movedim(-1, 1) * log_q[:, place].gather(1, index[g].movedim(-1, 1))).sum(1)
+        q = marginals[:, place].gather(1, index[g].movedim(-1, 1)).double()
+        total -= (p[g].movedim(-1, 1) * q.clamp_min(torch.finfo(torch.float32).tiny).log()).sum(1)
     return total.mean((1, 2))
 
 

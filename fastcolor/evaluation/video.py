@@ -1,5 +1,5 @@
-"""How steady the colours of a film are. A lower figure is steadier, grey the steadiest of all: so each is given beside
-the truth's own, and beside colourfulness."""
+"""How steady the colours of a film are. Lower is steadier, and nothing flickers less than grey: so each figure is given
+beside the truth's own, and beside colourfulness."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def color_distribution_consistency(
     """CDC, as TCVC defines it (Liu et al., arXiv 2110.04562): how far the distributions of R, G and B move in time.
 
     For each channel and distance d, the Jensen-Shannon divergence (natural logarithm) between the 256-bin histograms of
-    frames i and i + d, its mean over i; then the mean over distances and channels. It knows no place, counts lightness
-    as well, and is lower for grey than for colour: give its ratio to the truth's, with colourfulness beside it.
+    frames i and i + d, its mean over i; then the mean over distances and channels. It knows no place, and most of it is
+    lightness, for grey as for colour: give its ratio to the truth's, with colourfulness and `flicker` beside it.
 
     Args:
         rgb: [T, 3, H, W] uint8, or any iterable of frames [3, H, W] uint8; only histograms are kept of it.

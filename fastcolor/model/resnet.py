@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcolor.model.convolution import convolve
+
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride]."""
@@ -23,8 +25,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        x = F.relu(self.bn1(convolve(self.conv1, x)))
+        return F.relu(self.bn2(convolve(self.conv2, x)) + shortcut)
 
 
 class ResNet18Gray(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,13 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Whether the class of each image [B] is the best of its scores [B, classes], and among the best five: 1 or 0."""
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     return {"val_top1": best[:, 0].double(), "val_top5": best.any(1).double()}
+
+
+def compiled(function: Callable[[Tensor], Tensor], sizes: set[int]) -> Callable[[Tensor], Tensor]:
+    """`function` of a batch through torch.compile where it learns from one of these many images; as it is for others,
+    such as the last ones of an epoch, for which compiling again (minutes) would not pay."""
+    fast = torch.compile(function, dynamic=False)
+    return lambda x: fast(x) if torch.is_grad_enabled() and len(x) in sizes else function(x)
 
 
 class ClassTask(nn.Module):
@@ -46,15 +54,15 @@ class ClassTask(nn.Module):
         left_out = start_backbone(self.network, path, self.classes)
         return f"backbone from {path}" + (", without its classifier" if left_out else "")
 
-    def compile(self) -> None:
-        """From now on the network runs through torch.compile."""
-        self._compiled = torch.compile(self.network, dynamic=None)
+    def compile(self, sizes: set[int]) -> None:
+        """From now on the network learns through torch.compile from batches of these sizes."""
+        self._compiled = compiled(self.network, sizes)
 
     def _scores(self, rgb: Tensor, seeds: Tensor | None) -> Tensor:
         L = rgb_to_lab(rgb, channels_last=True).permute(0, 3, 1, 2)[:, :1].contiguous()
         if self.training and seeds is not None and self.film.share > 0:
             L = degrade(rgb, L, seeds, self.film)
-        network = self._compiled if self._compiled is not None and self.training else self.network
+        network = self._compiled or self.network
         with autocast(self.config.precision, L.device):
             return network(normalize_lightness(L).contiguous(memory_format=torch.channels_last)).float()
 

@@ -18,7 +18,7 @@ from fastcolor.ops.cross_entropy import color_cross_entropy
 from fastcolor.ops.head_cross_entropy import head_cross_entropy
 from fastcolor.ops.lab import lab_to_rgb, rgb_to_lab
 from fastcolor.ops.mean_field import annealed_mean
-from fastcolor.training.classify import accuracy
+from fastcolor.training.classify import accuracy, compiled
 from fastcolor.training.config import TrainConfig, autocast
 from fastcolor.training.data import Batch
 from fastcolor.training.degrade import degrade
@@ -96,12 +96,12 @@ class ColorTask(nn.Module):
             device = next(self.network.parameters()).device
             self.weights = self.bins.rebalancing_weights(prior, 1 - self.config.rebalance).float().to(device)
 
-    def compile(self) -> None:
-        """From now on the network runs through torch.compile."""
-        # the last batch of an epoch is smaller than the others
-        self._whole = torch.compile(self.network.forward_with_classes, dynamic=None)
-        if self.bins is not None:
-            self._features = torch.compile(self.network.features_with_classes, dynamic=None)
+    def compile(self, sizes: set[int]) -> None:
+        """From now on the network learns through torch.compile from batches of these sizes."""
+        if self.bins is None or self.field is not None:
+            self._whole = compiled(self.network.forward_with_classes, sizes)
+        else:
+            self._features = compiled(self.network.features_with_classes, sizes)
 
     # --- loss ----------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class ColorTask(nn.Module):
         """The loss of crops, the network's output (with a field, the logarithm of its marginals), and class scores."""
         L, ab = self._seen(rgb, seeds)
         with autocast(self.config.precision, L.device):
-            output, scores = (self._whole if self._whole and self.training else self.network.forward_with_classes)(L)
+            output, scores = (self._whole or self.network.forward_with_classes)(L)
         if self.bins is None:
             # ab scaled to a range of 1, as Melas-Kyriazi and Han 2017 report their errors
             loss = F.mse_loss(output.float() / (2 * AB_SCALE), ab / (2 * AB_SCALE))

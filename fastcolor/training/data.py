@@ -267,7 +267,7 @@ class PhotoCrops(Dataset):
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
     """[H, W, 3] uint8 to [size, size, 3], bicubic, its filter widened where the picture shrinks."""
     # PyTorch has vector code for bytes in this order, several times faster than libvips for a crop
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
     planes = F.interpolate(planes, (size, size), mode="bicubic", antialias=True)
     return planes[0].permute(1, 2, 0).contiguous().numpy()
 

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+
+class TeamError(RuntimeError):
+    """The first process cannot go on, and says why itself."""
+
+
 _PATIENCE = timedelta(hours=1)  # the first process may read a million headers while the others wait
 
 
@@ -48,18 +53,19 @@ class Team:
         return found
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process, in all of them; where it raises there, all raise."""
+        """What `make` gives in the first process, in all of them; where it raises there, the others raise TeamError."""
         if self.world == 1:
             return make()
         box: list = [None, None]
         if self.lead:
             try:
                 box[0] = make()
-            except Exception as error:
-                box[1] = error
+            except Exception:
+                dist.broadcast_object_list([None, True])
+                raise
         dist.broadcast_object_list(box)
-        if box[1] is not None:
-            raise box[1]
+        if box[1]:
+            raise TeamError("the first process could not go on")
         return box[0]
 
     def device(self, name: str) -> str:

@@ -121,7 +121,7 @@ def _tell_start(run: Run, data: str) -> None:
             "that of the colours; --classes none leaves it out"
         )
     remove_halves(run.out)
-    write_json(run.out / CONFIG, {"data": data, **asdict(run.config)})
+    write_json(run.out / CONFIG, {"data": data, **asdict(run.config), "resume": "no"})
     facts = {
         "processes": run.team.world, "device": str(run.device), "seed": run.config.seed, "data": data,
         "fingerprint": photos.fingerprint, "train": len(photos.train), "val": len(photos.val),

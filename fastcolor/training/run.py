@@ -26,7 +26,7 @@ from fastcolor.training import memory
 from fastcolor.training.average import Average
 from fastcolor.training.classify import ClassTask
 from fastcolor.training.color import ColorTask, split_lab
-from fastcolor.training.config import TrainConfig
+from fastcolor.training.config import ConfigError, TrainConfig
 from fastcolor.training.data import (
     Batch,
     DataError,
@@ -67,25 +67,13 @@ class Run:
     def __init__(
         self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, measure: bool = True
     ):
-        config.check()
         self.config, self.team, self.out = config, team, Path(config.out)
         self.reporter = reporter if team.lead else Silent()
-        if config.batch_size < team.world * config.accumulate:
-            raise TrainingError(
-                f"batch_size {config.batch_size} is the whole step's: {team.world} processes with {config.accumulate} "
-                f"pieces each need {team.world * config.accumulate} at least"
-            )
+        self.resumed = team.share(self._check)
         self.device = choose_device(team.device(config.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.problems = Problems()
-        there = team.share((self.out / STATE).exists)
-        self.resumed = config.resume != "no" and there
-        if there and not self.resumed:
-            raise TrainingError(f"{self.out}: holds a run already; --resume goes on with it, or choose another --out")
-        if config.resume == "yes" and not there:
-            raise TrainingError(f"{self.out}: nothing to resume, {STATE} is missing")
-
+        self.problems, self._said = Problems(), 0
         self.photos = team.share(lambda: self._gather(data))
         self._load_data()
 
@@ -97,7 +85,7 @@ class Run:
         self.task.to(self.device)
         self.task.network.to(memory_format=torch.channels_last)
         self.progress = Progress()
-        state = team.share(lambda: read_state(self.out / STATE)) if self.resumed else None
+        state = team.share(self._read_state) if self.resumed else None
         if state is not None:
             self._take_over(state)
         if self.bins is not None and (measure or state is not None):
@@ -117,13 +105,29 @@ class Run:
         if state is not None:
             self._take_over_learning(state)
         if config.compile:
-            self.task.compile()
+            self.task.compile({int(n) for n in self.batches.counts(0)})
         self.learner = self.task
         if team.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.learner = DistributedDataParallel(self.task, device_ids=ids, gradient_as_bucket_view=True)
         self._sum = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
-        self._seen, self._said, self._saved = 0, 0, time.monotonic()
+        self._seen, self._saved = 0, time.monotonic()
+
+    def _check(self) -> bool:
+        """Whether the run goes on with an earlier one, and whether it may start at all."""
+        config, least = self.config, self.team.world * self.config.accumulate
+        config.check()
+        if config.batch_size < least:
+            raise ConfigError(
+                f"batch_size is the whole step's: {self.team.world} processes with {config.accumulate} pieces each "
+                f"need {least} at least, got {config.batch_size}"
+            )
+        there = (self.out / STATE).exists()
+        if there and config.resume == "no":
+            raise TrainingError(f"{self.out}: holds a run already; --resume goes on with it, or choose another --out")
+        if config.resume == "yes" and not there:
+            raise TrainingError(f"{self.out}: nothing to resume, {STATE} is missing")
+        return there
 
     @property
     def network(self) -> torch.nn.Module:
@@ -414,9 +418,10 @@ class Run:
             },
         )
 
-    def _take_over(self, state: dict) -> None:
-        """The network of an earlier start, after a look at whether it is the same run."""
+    def _read_state(self) -> dict:
+        """What an earlier start left, after a look at whether it is the same run."""
         path = self.out / STATE
+        state = read_state(path)
         if state["config"]["epochs"] != self.config.epochs and self.config.schedule != "constant":
             self.reporter.say(
                 f"{self.config.epochs} epochs instead of {state['config']['epochs']}: "
@@ -428,12 +433,16 @@ class Run:
             raise TrainingError(f"{path}: cannot resume with other options: {'; '.join(changed)}")
         if state["data"] != self.photos.fingerprint or state.get("classes", []) != list(self.photos.classes):
             raise TrainingError(f"{path}: cannot resume, the usable images in the data folder are not those of the run")
+        return state
+
+    def _take_over(self, state: dict) -> None:
+        """The network of an earlier start."""
         try:
             self.network.load_state_dict(state["network"])
             if self.field is not None:
                 self.field.load_state_dict(state["field"])
         except RuntimeError as error:  # of another version of fastcolor
-            raise TrainingError(f"{path}: cannot resume, its network is another one ({error})") from error
+            raise TrainingError(f"{self.out / STATE}: cannot resume, its network is another one ({error})") from error
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["random"])
 

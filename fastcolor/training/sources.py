@@ -77,35 +77,38 @@ def _packed_pixels(inside: re.Match) -> np.ndarray:
 
 
 def read_pixels(path: str | Path, wanted: float, grey: bool = False) -> np.ndarray:
-    """`read_photo` as pixels [H, W, 3] uint8, not to be written to: those of a pack are the file itself."""
-    inside = _INSIDE.fullmatch(str(path))
-    if inside is not None and inside["file"].endswith(".bin"):
-        return _packed_pixels(inside)
-    return read_photo(path, wanted, grey).numpy()
+    """A colour photo upright in 8-bit sRGB, [H, W, 3] uint8, not to be written to: of a pack it is the file itself.
+    Decoded at a fraction of its size where the format allows it and a short side of `wanted` pixels is left.
 
-
-def read_photo(path: str | Path, wanted: float, grey: bool = False) -> pyvips.Image:
-    """A colour photo upright in 8-bit sRGB, in memory; decoded at a fraction of its size where the format allows it and
-    a short side of `wanted` pixels is left. `grey`: photos without colour are taken too.
+    Args:
+        grey: photos without colour are taken too.
 
     Raises:
         ImageError: missing, empty, not an image, or without colour. pyvips.Error: pixels that are broken.
     """
+    inside = _INSIDE.fullmatch(str(path))
+    if inside is not None and inside["file"].endswith(".bin"):
+        return _packed_pixels(inside)  # checked when it was written
     image = open_photo(path)
-    if is_packed(path):  # checked when it was written
-        return image
     shrink = next((s for s in (8, 4, 2) if min(image.width, image.height) / s >= wanted), 1)
     if shrink > 1:
         image = open_photo(path, shrink=shrink)
     image, _ = to_srgb(image)
     if image.format == "ushort":
         image = image.colourspace("srgb")
-    image = image.copy_memory()
-    if grey:
-        return image.bandjoin([image, image]) if image.bands == 1 else image
-    if image.bands == 1 or is_grey(image.numpy()):
+    pixels = image.numpy()
+    if not grey and (image.bands == 1 or is_grey(pixels)):
         raise ImageError(GREY)
-    return image
+    return np.repeat(pixels.reshape(image.height, image.width, 1), 3, 2) if image.bands == 1 else pixels
+
+
+def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
+    """[H, W, 3] uint8 with a short side of `side` at most."""
+    height, width = pixels.shape[:2]
+    if min(height, width) <= side:
+        return pixels
+    image = libvips().Image.new_from_array(pixels, interpretation="srgb")
+    return image.resize(side / min(height, width)).numpy()
 
 
 def class_of(path: Path, root: Path) -> str:
@@ -306,9 +309,7 @@ def _shards(files, root, folder, size, shard_bytes, jobs, advance, stopped) -> I
 def _pixels(path: Path, size: int) -> np.ndarray | str:
     """[H, W, 3] uint8 with a short side of `size` at most, or why there are none."""
     try:
-        image = read_photo(path, size)
-        scale = size / min(image.width, image.height)
-        return (image.resize(scale) if scale < 1 else image).numpy()
+        return shrunk(read_pixels(path, size), size)
     except ImageError as error:
         return str(error)
     except libvips().Error as error:

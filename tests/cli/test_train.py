@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,9 @@ import time
 import numpy as np
 import pytest
 import pyvips
+from typer.testing import CliRunner
+
+from fastcolor.cli import app
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
@@ -109,11 +113,63 @@ def test_sigterm_to_the_whole_group_saves(photos, tmp_path):
     assert "--resume goes on from here" in output and "Traceback" not in output
 
 
+def test_flags_come_before_the_file_and_the_file_before_what_was(photos, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'data = "{photos}"\nout = "{tmp_path / "run"}"\nsize = 64\nbatch-size = 4\ndevice = "cpu"\nworkers = 0\n'
+        "epochs = 5\nlr = 0.002\nseed = 7\n"
+    )
+    run = CliRunner()
+    done = run.invoke(app, ["train", "--config", str(config), "--epochs", "1", "--resume", "auto"])
+    assert done.exit_code == 0, done.output
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["epochs"], kept["lr"], kept["seed"], kept["ema"]) == (1, 0.002, 7, 0.999)
+    assert kept["data"] == str(photos)
+    # the run knows its options and its photos; an option that decides its course may not change
+    done = run.invoke(app, ["train", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"])
+    assert done.exit_code == 0, done.output
+    done = run.invoke(app, ["train", "--resume", "auto", "--out", str(tmp_path / "run"), "--skip"])
+    assert done.exit_code == 1 and "skip was False, is True" in done.output
+    config.write_text("batchsize = 4\n")
+    done = run.invoke(app, ["train", str(photos), "--config", str(config)])
+    assert done.exit_code == 1 and "run.toml: unknown option 'batchsize'; did you mean 'batch_size'?" in done.output
+    # a run's own configuration is a file of options too
+    options = ["--config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "new"), "--dry-run"]
+    done = run.invoke(app, ["train", *options])
+    assert done.exit_code == 0 and "steps: 2 an epoch, 4 in all" in done.output, done.output
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["photos", "--resume"], "yes"),
+        (["--resume", "photos"], "yes"),
+        (["photos", "--resume", "auto"], "auto"),
+        (["--resume=auto", "photos"], "auto"),
+        (["--resume", "no", "photos"], "no"),
+        (["photos"], "no"),
+    ],
+    ids=str,
+)
+def test_resume_with_and_without_a_word(monkeypatch, given, expected):
+    from fastcolor.training import loop
+
+    def started(data, config, reporter):
+        assert str(data) == "photos" and config.resume == expected
+        raise OSError("this far")
+
+    monkeypatch.setattr(loop, "train", started)
+    done = CliRunner().invoke(app, ["train", *given, "--out", "nowhere"])
+    assert "error: this far" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "nowhere"], "no such folder"),
         (["train", "."], "no images"),
+        (["train"], "data is missing"),
         (["train", ".", "--head", "gan"], "head must be one of distribution, regression"),
         (["train", ".", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
     ],

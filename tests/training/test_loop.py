@@ -364,13 +364,14 @@ def test_float16_gradients_do_not_vanish(photos, tmp_path, options):
         run._sum = run._sum.double()
         keep_statistics(run)
         run.config.clip = 1e9  # clips nothing, but takes the scale away
-        run._step([next(iter(run.loader))], run.batches.counts(0))
+        batch, scale = next(iter(run.loader)), None
+        while scale is None or run.scaler.get_scale() < scale:  # too large a scale is halved, and the step left out
+            scale = run.scaler.get_scale()
+            run._step([batch], run.batches.counts(0))
         gradients.append({n: p.grad for n, p in run.network.named_parameters()})
-        print(run._sum, run.scaler.get_scale(), [p.grad for p in run.field.parameters()] if run.field else "")
-    assert run.scaler.get_scale() >= 1024  # no step was left out
+    assert run.scaler.get_scale() >= 256
     for name, exact in gradients[0].items():
         error = (gradients[1][name] - exact).norm() / exact.norm()
-        print(name, error)
         assert error < 0.1, f"{name}: {error}"
 
 
@@ -486,10 +487,18 @@ def test_weights_that_are_no_numbers_are_not_saved(photos, tmp_path):
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_compiled_training_is_the_same(photos, tmp_path):
-    plain, compiled = (
-        train(photos, replace(TINY, compile=c, out=str(tmp_path / str(c)))).history for c in (False, True)
-    )
-    for a, b in zip(plain, compiled, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch):
+    """Traced and taken apart into forward and backward as for any backend, but run by PyTorch: no compiler to wait for.
+    The last batch of an epoch, one image of nine, is not compiled."""
+    plain = train(photos, replace(TINY, epochs=1, out=str(tmp_path / "plain"))).history
+    compile, calls = torch.compile, []
+
+    def traced(function, **options):
+        fast = compile(function, backend="aot_eager", **options)
+        return lambda x: calls.append(len(x)) or fast(x)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    compiled = train(photos, replace(TINY, epochs=1, compile=True, out=str(tmp_path / "compiled"))).history
+    assert calls == [4, 4]
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-4)
+    assert compiled[0]["val_loss"] == pytest.approx(plain[0]["val_loss"], rel=1e-3)
