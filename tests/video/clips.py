@@ -46,9 +46,8 @@ def make_clip(
     aspect: Fraction | None = None,
     tags: tuple[int, int, int, int] | None = None,  # range, matrix, primaries, transfer
     options: dict[str, str] | None = None,
-    subtitle: bool = False,
     interlaced: bool = False,
-    change_size_at: int | None = None,
+    tick: Fraction | None = None,
 ) -> Path:
     """A film of `pattern` with noise in its chroma planes, and a tone beside it."""
     times = steady(30) if times is None else times
@@ -57,7 +56,7 @@ def make_clip(
     with av.open(str(path), "w") as out:
         out.metadata["title"] = "A film"
         stream = out.add_stream(codec, rate=24, options=options or {},
-                                time_base=Fraction(1, 24) if codec == "mpeg2video" else TICK)  # fmt: skip
+                                time_base=tick or (Fraction(1, 24) if codec == "mpeg2video" else TICK))  # fmt: skip
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1
         if interlaced:
