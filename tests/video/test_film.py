@@ -505,9 +505,19 @@ def test_output_that_cannot_be_written(tmp_path):
         run(clip, tmp_path / "folder.mkv")
     (tmp_path / "out.mkv.parts").mkdir()
     (tmp_path / "out.mkv.parts" / "mine.txt").write_text("")
-    with pytest.raises(VideoError, match="not from an earlier run; it is in the way"):
+    with pytest.raises(VideoError, match=r"is there with mine\.txt, which is not of a run; it is in the way"):
         run(clip, tmp_path / "out.mkv", overwrite=True)
     assert (tmp_path / "out.mkv.parts" / "mine.txt").exists()
+
+
+def test_killed_at_the_very_beginning(tmp_path):
+    """What is left of a run that had nothing finished is no obstacle."""
+    clip = make_clip(tmp_path / "in.mkv", times=steady(3))
+    (tmp_path / "out.mkv.parts").mkdir()
+    (tmp_path / "out.mkv.parts" / ".film-abc.json").write_text("{")
+    (tmp_path / "out.mkv.parts" / "000000.unfinished").write_text("")
+    assert run(clip, tmp_path / "out.mkv", **FFV1).frames == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
 
 def test_streams_that_the_container_cannot_hold(tmp_path):
