@@ -199,7 +199,7 @@ class _Film:
                     info, options.codec, options.crf, options.preset, options.pix_fmt, options.threads
                 )
                 self._check_container(form, encoding)
-            if encoding.pixels.bits != info.bits:
+            if encoding.pixels.bits < info.bits:
                 summary.notes.append(f"luma goes from {info.bits} to {encoding.pixels.bits} bits ({options.codec})")
             if info.aspect not in (None, 1) and form in ("matroska", "webm") and encoding.codec not in ASPECT_INSIDE:
                 summary.notes.append(

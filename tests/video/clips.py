@@ -47,6 +47,7 @@ def make_clip(
     tags: tuple[int, int, int, int] | None = None,  # range, matrix, primaries, transfer
     options: dict[str, str] | None = None,
     interlaced: bool = False,
+    subtitle: bool = False,
     tick: Fraction | None = None,
 ) -> Path:
     """A film of `pattern` with noise in its chroma planes, and a tone beside it."""
@@ -73,6 +74,7 @@ def make_clip(
         if audio:
             sound = out.add_stream(audio, rate=48000, layout="mono")
             sound.metadata["language"] = "deu"
+        words = out.add_mux_stream("subrip", time_base=Fraction(1, 1000)) if subtitle else None
         if chapters:
             tick = Fraction(1, 1000)
             entries = [(0, 500, "one"), (500, 1250, "two")]
@@ -106,6 +108,14 @@ def make_clip(
             for piece in [*resample.resample(frame), *resample.resample(None)]:
                 packets += sound.encode(piece)
             packets += sound.encode(None)
+        if words is not None:
+            words.metadata["language"] = "ger"
+            for i in range(2):
+                packet = av.Packet(f"Line {i}".encode())
+                packet.stream, packet.time_base = words, Fraction(1, 1000)
+                packet.pts = packet.dts = 200 + 500 * i
+                packet.duration = 300
+                packets.append(packet)
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
             out.mux(packet)
     return path

@@ -531,6 +531,28 @@ def test_streams_that_the_container_cannot_hold(tmp_path):
     assert summary.frames == len(luma_planes(tmp_path / "out.webm")) == 12
 
 
+def test_subtitles(tmp_path):
+    clip = make_clip(tmp_path / "in.mkv", subtitle=True)
+    assert run(clip, tmp_path / "out.mkv", **FFV1).notes == []
+    with av.open(str(tmp_path / "out.mkv")) as film:
+        stream = film.streams.subtitles[0]
+        read = [(bytes(p), p.pts * p.time_base, p.duration * p.time_base) for p in film.demux(stream) if p.size]
+        assert stream.language == "ger"
+    assert read == [(b"Line 0", Fraction(1, 5), Fraction(3, 10)), (b"Line 1", Fraction(7, 10), Fraction(3, 10))]
+    summary = run(clip, tmp_path / "out.mp4")
+    assert len(summary.notes) == 1 and summary.notes[0].startswith("stream 2 (subtitle, ")
+    assert "is left out: mp4 cannot hold it as it is" in summary.notes[0]
+
+
+def test_sample_aspect_that_cannot_be_kept_is_said(tmp_path):
+    clip = make_clip(tmp_path / "in.mov", aspect=Fraction(16, 15), codec="libx264", times=steady(3), audio=None)
+    summary = run(clip, tmp_path / "out.mkv", **FFV1)
+    assert summary.notes[0].startswith("samples of 16:15 are not noted: ffv1 in matroska cannot have it from here")
+    assert run(clip, tmp_path / "out.mov", codec="prores_ks").notes == []
+    with av.open(str(tmp_path / "out.mov")) as film:
+        assert film.streams.video[0].sample_aspect_ratio == Fraction(16, 15)
+
+
 def test_interlaced(tmp_path):
     clip = make_clip(tmp_path / "in.mpg", codec="mpeg2video", interlaced=True, audio=None, size=(64, 64))
     with pytest.raises(VideoError, match="is interlaced; --deinterlace makes frames"):
