@@ -11,10 +11,11 @@ from fastcolor.cli.colorize import colorize
 from fastcolor.cli.info import info
 from fastcolor.cli.pack import pack
 from fastcolor.cli.train import train
+from fastcolor.cli.video import video
 
 app = typer.Typer(
     name="fastcolor",
-    help="Colorize photographs, and train the model that does it.",
+    help="Colorize photographs and film, and train the model that does it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -38,6 +39,7 @@ def _root(
 
 
 app.command()(colorize)
+app.command()(video)
 app.command()(train)
 app.command()(pack)
 app.command()(info)

@@ -568,7 +568,12 @@ def colorize(
         raise typer.Exit(1)
 
 
-def _load(weights: Path | None, device: str, options: dict[str, Any]) -> Colorizer:
+def _load(
+    weights: Path | None,
+    device: str,
+    options: dict[str, Any],
+    ops: tuple[str, ...] = ("rgb_to_lab", "mean_field", "render", "lab_to_rgb"),
+) -> Colorizer:
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.colorizer import Colorizer
     from fastcolor.model.device import DeviceError
@@ -578,7 +583,7 @@ def _load(weights: Path | None, device: str, options: dict[str, Any]) -> Coloriz
         libvips()
         load = Colorizer.from_pretrained if weights is None else partial(Colorizer.load, weights)
         colorizer = load(device, **options)
-        for op in ("rgb_to_lab", "mean_field", "render", "lab_to_rgb"):  # before any file, not once for each
+        for op in ops:  # before any file, not once for each
             choose(op, colorizer.device)
         return colorizer
     except (CheckpointError, DeviceError, BackendError, ImportError) as error:

@@ -1,0 +1,168 @@
+"""`fastcolor video` as its users meet it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_of, steady
+
+from fastcolor.bins import ColorBins
+from fastcolor.cli import app
+from fastcolor.model.checkpoint import Checkpoint, save_checkpoint
+from fastcolor.model.network import ColorNetwork, NetworkConfig
+
+command = importlib.import_module("fastcolor.cli.video")  # the package has the function under this name
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The colorizer is one that counts; gives the options that it was made with."""
+    seen = {}
+
+    class Stub(Counting):
+        def __init__(self, colorizer, yuv, options, control):
+            seen.update(colour=colorizer.options, video=options, yuv=yuv, control=control)
+            super().__init__(yuv)
+
+    def load(weights, device, options, ops):
+        return SimpleNamespace(options=options, bins=ColorBins(), checkpoint=SimpleNamespace(prior=None))
+
+    monkeypatch.setattr(command, "_load", load)
+    monkeypatch.setattr("fastcolor.video.colorizer.VideoColorizer", Stub)
+    return seen
+
+
+def run(*args):
+    return runner.invoke(app, ["video", *map(str, args)])
+
+
+def test_name_options_and_summary(made):
+    make_clip(Path("in.mkv"))
+    Path("cuts.txt").write_text("[12,\n 3 3]\n")
+    Path("palette.txt").write_text("#ff0000\n#00ff00\n")
+    hint = {"x": 0.5, "y": 0.5, "ab": [10, 20], "frames": [2, 9]}
+    Path("hints.json").write_text(json.dumps({"hints": [hint]}))
+    result = run(
+        "in.mkv", "--codec", "ffv1", "--temporal", 0.25, "--keyframes", 7, "--no-motion", "--cuts", "cuts.txt",
+        "--palette", "palette.txt", "--hints", "hints.json", "--strength", 0.75,
+        "--vividness", 0.5, "--start", "0:00.5", "--stats", "sub/stats.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("colorized 18 frames in ")
+    assert len(luma_planes(Path("in-color.mkv"))) == 18
+    how = made["video"]
+    assert (how.temporal, how.keyframes, how.motion, how.cuts) == (0.25, 7, False, (3, 12))
+    assert made["colour"]["vividness"] == 0.5 and made["yuv"].matrix == "bt601"
+    assert json.loads(Path("sub/stats.json").read_text())["frames"] == 18
+    control = made["control"]
+    assert control.strength == 0.75 and len(control.palette) == 2 and control.hints[0].first == 2
+    names = ["cuts.txt", "hints.json", "in-color.mkv", "in.mkv", "palette.txt", "sub"]
+    assert sorted(p.name for p in Path().iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["none.mkv"], 1, "error: none.mkv: no such file"),
+        (["in.mkv", "--start", "1:2:3:4"], 2, "is no time"),
+        (["in.mkv", "--start", "5", "--end", "4"], 2, "end must come after start"),
+        (["in.mkv", "--keyframes", "0"], 2, "neither 'auto' nor a number"),
+        (["in.mkv", "--fps", "0"], 2, "is no frame rate"),
+        (["in.mkv", "--cuts", "none.txt"], 2, "--cuts none.txt: cannot be read"),
+        (["in.mkv", "--cuts", "in.txt"], 2, "'b' is not the number of a frame"),
+        (["in.mkv", "--codec", "h266"], 1, "no such video encoder; there are libx264"),
+        (["in.mkv", "--hints", "in.txt"], 2, "in.txt"),
+        (["in.mkv", "--reference", "none.png"], 2, "none.png: no such file"),
+        (["-"], 2, "--out: is needed for -"),
+        (["in.txt", "-o", "a.mp4"], 1, "error: in.txt: cannot be read as a film"),
+    ],
+)
+def test_refusals(made, args, code, message):
+    make_clip(Path("in.mkv"), times=steady(3))
+    Path("in.txt").write_text("1 b 3")
+    result = run(*args)
+    assert result.exit_code == code and message in " ".join(result.output.split()), result.output
+    assert sorted(p.name for p in Path().iterdir()) == ["in.mkv", "in.txt"]
+
+
+def test_time_formats():
+    assert [command._seconds(t) for t in ("90", "1:30", "0:01:30.5", None)] == [90, 90, 90.5, None]
+    assert command._rate("24000/1001") == Fraction(24000, 1001)
+    with pytest.raises(typer.BadParameter):
+        command._seconds("-3")
+
+
+def test_truncated_film_exits_with_1(made):
+    clip = make_clip(Path("in.mkv"), times=steady(96))
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    result = run(clip, "-o", "out.mkv", "--codec", "ffv1", "--stats", "s.json")
+    assert result.exit_code == 1
+    assert (
+        "error: in.mkv: is cut off: ends at 0:00:0" in result.output and "what there is was colorized" in result.output
+    )
+    assert len(luma_planes(Path("out.mkv"))) == json.loads(Path("s.json").read_text())["frames"] > 30
+
+
+def test_lines_of_progress_without_terminal(made, monkeypatch):
+    monkeypatch.setattr(command, "_LINE_EVERY", 0.0)
+    make_clip(Path("in.mkv"), times=steady(30))
+    result = run("in.mkv", "-o", "out.mkv", "--codec", "ffv1")
+    lines = result.stderr.splitlines()
+    assert any("of 30 frames, " in line and " fps" in line and " waiting " in line for line in lines), lines
+    assert run("in.mkv", "-o", "out.mkv", "--codec", "ffv1", "--overwrite", "-q").output == ""
+
+
+def test_real_network_ctrl_c_and_resume():
+    """A real process with a real network of random weights: Ctrl-C ends the film so that it plays, --resume goes on."""
+    torch.manual_seed(0)
+    network = ColorNetwork(NetworkConfig())
+    prior = torch.full((network.config.bins.count,), 1 / network.config.bins.count, dtype=torch.float64)
+    save_checkpoint("tiny.safetensors", Checkpoint(network, prior, {"size": 64}))
+    count, segment = 280, 40  # 70 s at 4 frames per second
+    make_clip(Path("in.mkv"), times=steady(count, 4), codec="ffv1", audio="flac")
+    args = [sys.executable, "-m", "fastcolor", "video", "in.mkv", "-o", "out.mkv", "--codec", "ffv1", "--size", "32",
+            "--weights", "tiny.safetensors", "--device", "cpu", "--threads", "1"]  # fmt: skip
+
+    def signalled():  # SIGINT ignored by who started these tests stays so
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def start(*more):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*args, *more], stderr=subprocess.PIPE, text=True, env=env, preexec_fn=signalled)
+
+    process = start()
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not list(Path("out.mkv.parts").glob("0*.nut")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "interrupted: out.mkv ends after" in errors, errors
+    part = frame_hashes(Path("out.mkv"))
+    assert segment <= len(part) < count
+    process = start("--resume")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    whole = frame_hashes(Path("out.mkv"))
+    assert len(whole) == count and packets_of(Path("out.mkv"), "audio") == packets_of(Path("in.mkv"), "audio")
+    assert whole[:segment] == part[:segment] and not Path("out.mkv.parts").exists()
+    for (t, a), (t2, b) in zip(luma_planes(Path("in.mkv")), luma_planes(Path("out.mkv")), strict=True):
+        assert t == t2 and (a == b).all()
