@@ -128,6 +128,7 @@ class VideoColorizer:
         self.control = control
         self.stats = VideoStats()
         self._first = first
+        self._cuts = frozenset(self.options.cuts or ())
         self._ferry = Ferry(colorizer.device)
         self._carried = Graphed(self._carry)
         self._mixes = torch.zeros(0, 2)
@@ -330,7 +331,7 @@ class VideoColorizer:
     def _is_cut(self, frame: _Frame, features: list[float] | None) -> bool:
         track = self._track
         if features is None:
-            return track.guide is not None and frame.number in self.options.cuts
+            return track.guide is not None and frame.number in self._cuts
         after_blank = track.blank
         if after_blank and track.seen is not None:
             features = cuts.features(frame.guide, track.seen)[0].tolist()
