@@ -289,7 +289,7 @@ class _Film:
         self.colorizer = colorizer
         after, skip = None, 0
         if parts is not None and parts.parts:
-            colorizer.load_state_dict(torch.load(io.BytesIO(parts.state()), weights_only=False))
+            colorizer.load_state_dict(torch.load(io.BytesIO(parts.state()), weights_only=True))
             after, skip = parts.parts[-1].last, parts.frames if parts.moved else 0
 
         def reading() -> None:
