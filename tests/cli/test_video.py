@@ -44,6 +44,7 @@ def made(monkeypatch):
             super().__init__(yuv)
 
     def load(weights, device, options, ops):
+        options = SimpleNamespace(**{"vividness": 0.5, **options})
         return SimpleNamespace(options=options, bins=ColorBins(), checkpoint=SimpleNamespace(prior=None))
 
     monkeypatch.setattr(command, "_load", load)
@@ -64,14 +65,14 @@ def test_name_options_and_summary(made):
     result = run(
         "in.mkv", "--codec", "ffv1", "--temporal", 0.25, "--keyframes", 7, "--no-motion", "--cuts", "cuts.txt",
         "--palette", "palette.txt", "--hints", "hints.json", "--strength", 0.75,
-        "--vividness", 0.5, "--start", "0:00.5", "--stats", "sub/stats.json",
+        "--vividness", 0.25, "--start", "0:00.5", "--stats", "sub/stats.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("colorized 18 frames in ")
     assert len(luma_planes(Path("in-color.mkv"))) == 18
     how = made["video"]
     assert (how.temporal, how.keyframes, how.motion, how.cuts) == (0.25, 7, False, (3, 12))
-    assert made["colour"]["vividness"] == 0.5 and made["yuv"].matrix == "bt601"
+    assert made["colour"].vividness == 0.25 and made["yuv"].matrix == "bt601"
     assert json.loads(Path("sub/stats.json").read_text())["frames"] == 18
     control = made["control"]
     assert control.strength == 0.75 and len(control.palette) == 2 and control.hints[0].first == 2
