@@ -344,7 +344,8 @@ class _Film:
                 picture, luma = waiting.popleft()
                 if options.compare:
                     for plane in (u, v):
-                        plane[:, : plane.shape[1] // 2] = 1 << (pixels.bits - 1)
+                        # by way of numpy: torch refuses to change what was made in inference mode
+                        plane.numpy()[:, : plane.shape[1] // 2] = 1 << (pixels.bits - 1)
                 coloured.put(_Coloured(picture, luma, u, v))
 
         def cut(whole: bool) -> None:

@@ -159,6 +159,7 @@ class Counting:
     def __init__(self, yuv: YuvFormat, hold: int = 4):
         self.yuv, self.hold, self.count, self.held = yuv, hold, 0, []
 
+    @torch.inference_mode()
     def push(self, luma: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         assert luma.dtype == self.yuv.dtype
         size = self.yuv.chroma_size(*luma.shape)

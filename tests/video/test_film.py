@@ -133,13 +133,15 @@ def test_part_of_a_film(tmp_path):
         assert [(c["start"], c["metadata"]["title"]) for c in film.chapters()] == [(0, "two")]
 
 
-def test_compare_keeps_the_left_grey(tmp_path):
-    clip = make_clip(tmp_path / "in.mkv", times=steady(3))
+@pytest.mark.parametrize("bits", [8, 10])
+def test_compare_keeps_the_left_grey(tmp_path, bits):
+    clip = make_clip(tmp_path / "in.mkv", times=steady(3), pix_fmt="yuv420p" if bits == 8 else "yuv420p10le")
     run(clip, tmp_path / "out.mkv", compare=True, **FFV1)
     with av.open(str(tmp_path / "out.mkv")) as film:
         for frame in film.decode(video=0):
-            u = np.frombuffer(frame.planes[1], np.uint8).reshape(24, -1)[:, :32]
-            assert (u[:, :16] == 128).all() and (u[:, 16:] != 128).all()
+            u = np.frombuffer(frame.planes[1], np.uint8 if bits == 8 else np.uint16).reshape(24, -1)[:, :32]
+            grey = 1 << (bits - 1)
+            assert (u[:, :16] == grey).all() and (u[:, 16:] != grey).all()
 
 
 def test_bits_of_the_encoder(tmp_path):
