@@ -23,6 +23,7 @@ from fastcolor.ops.mean_field import hint_unary, histogram_unary
 
 _SMOOTH = 10.0  # ab units: how far a colour of a palette or a reference reaches
 _RARE = 1e-4  # share of all labels in a histogram, so that none is forbidden
+_NO_LABELS = "hints, palettes and references need a network with a distribution head, not regression"
 
 
 class ControlError(ValueError):
@@ -81,36 +82,39 @@ class Control:
     reference: Tensor | None = None
     strength: float = 1.0
 
-    def unary(self, bins: ColorBins | None, prior: Tensor | None, vividness: Tensor | None) -> Tensor | None:
-        """What is added to the network's scores at every pixel, [1, K, 1, 1].
+    def unary(self, bins: ColorBins | None, prior: Tensor | None, vividness: float) -> Tensor | None:
+        """What is added to the network's scores at every pixel, [1, K, 1, 1]; None where that is nothing.
 
         Args:
             bins: labels of the network; None for regression, which has no distribution to work on.
-            prior: [K] counts of the labels that the network was trained on, which the reference takes the place of.
-            vividness: [1, K, 1, 1] the unary of the vividness, for what the reference leaves of it.
+            prior: [K] counts of the labels that the network was trained on; the reference takes their place.
+            vividness: of `ColorizeOptions`; relative to the reference, where there is one.
 
         Raises:
-            ControlError: palette or reference with regression, or a reference of another network's labels.
+            ControlError: anything with regression, or a reference of another network's labels.
         """
-        if not self.palette and self.reference is None and not self.hints:
-            return vividness
         if bins is None:
-            raise ControlError("hints, palettes and references need a network with a distribution head, not regression")
-        total = torch.zeros(1, bins.count, 1, 1) if vividness is None else vividness.cpu()
+            if self.palette or self.hints or self.reference is not None:
+                raise ControlError(_NO_LABELS)
+            return None
+        total = torch.zeros(bins.count, dtype=torch.float64)
+        if prior is not None and vividness > 0:
+            total = vividness * bins.rebalancing_weights(prior).log()
         if self.reference is not None:
             if list(self.reference.shape) != [bins.count]:
                 raise ControlError(f"reference must have shape [{bins.count}], got {list(self.reference.shape)}")
-            # Bayes: scores hold the prior of the training set; the reference takes its place, and that of the vividness
-            wanted = _log_share(bins, self.reference)
-            there = _log_share(bins, torch.ones(bins.count) if prior is None else prior)
-            total = torch.lerp(total, wanted - there, self.strength)
+            wanted = _shares(bins, self.reference)
+            there = _shares(bins, torch.ones(bins.count) if prior is None else prior)
+            # Bayes: the scores hold the prior of the training set, and the reference takes its place
+            told = wanted.log() - there.log() + vividness * bins.rebalancing_weights(wanted).log()
+            total = torch.lerp(total, told, self.strength)
         if self.palette:
             counts = torch.zeros(bins.count, dtype=torch.float64)
             index, share = soft_encode(bins, torch.tensor(self.palette, dtype=torch.float64))
             for (place, _), i, p in zip(bins.groups(), index, share, strict=True):
                 counts[place].index_add_(0, i.flatten(), p.flatten())
-            total = total + self.strength * _log_share(bins, counts, 1e-6)
-        return total
+            total = total + self.strength * histogram_unary(_shares(bins, counts, 1e-6), bins).flatten()
+        return total.float()[None, :, None, None]
 
     def hints_at(self, number: int) -> list[int]:
         """Which of the hints are for a frame."""
@@ -127,9 +131,10 @@ def hints_unary(hints: Sequence[Hint], height: int, width: int, bins: ColorBins)
     return total
 
 
-def _log_share(bins: ColorBins, counts: Tensor, rare: float = _RARE) -> Tensor:
-    """log of a smoothed histogram, [1, K, 1, 1]."""
-    return histogram_unary(bins.smoothed_prior(counts, _SMOOTH) + rare / bins.count, bins).float()
+def _shares(bins: ColorBins, counts: Tensor, rare: float = _RARE) -> Tensor:
+    """A smoothed histogram [K] float64, in which no label is without a share."""
+    shares = bins.smoothed_prior(counts, _SMOOTH) + rare / bins.count
+    return torch.cat([shares[place] / shares[place].sum() for place, _ in bins.groups()])
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ def load_control(
     if not 0 <= strength <= 1:
         raise ControlError(f"strength must be between 0 and 1, got {strength}")
     if bins is None and (hints or palette or reference):
-        raise ControlError("hints, palettes and references need a network with a distribution head, not regression")
+        raise ControlError(_NO_LABELS)
     return Control(
         read_hints(hints) if hints else (),
         read_palette(palette) if palette else (),

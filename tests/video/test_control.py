@@ -167,13 +167,15 @@ def test_strength_0_is_nothing():
 
 def test_reference_takes_the_place_of_the_prior():
     prior, wanted = torch.rand(313) + 0.1, torch.rand(313) + 0.1
-    vividness = torch.rand(1, 313, 1, 1)
-    control = Control(reference=wanted)
-    unary = control.unary(JOINT, prior, vividness).flatten()
     p, w = (JOINT.smoothed_prior(x, 10.0) + 1e-4 / 313 for x in (prior, wanted))
     ratio = (w / w.sum()).log() - (p / p.sum()).log()
+    unary = Control(reference=wanted).unary(JOINT, prior, 0.0).flatten()
     assert (unary - ratio.float()).abs().max() < 1e-4
-    assert Control(reference=prior).unary(JOINT, prior, vividness).abs().max() < 1e-5  # nothing to change
+    assert Control(reference=prior).unary(JOINT, prior, 0.0).abs().max() < 1e-5  # nothing to change
+    vivid = Control(reference=wanted).unary(JOINT, prior, 0.5).flatten()
+    assert (vivid - unary - 0.5 * JOINT.rebalancing_weights(w).log().float()).abs().max() < 1e-4
+    half = Control(reference=wanted, strength=0.5).unary(JOINT, prior, 0.0).flatten()
+    assert (half - 0.5 * unary).abs().max() < 1e-5
 
 
 def save(path, rgb):
@@ -223,7 +225,7 @@ def test_bad_reference(tmp_path):
     with pytest.raises(ControlError, match="needs colour, this is grey"):
         reference_histogram(save(tmp_path / "grey.png", np.full((8, 8, 3), 90, np.uint8)), JOINT)
     with pytest.raises(ControlError, match=r"reference must have shape \[50\], got \[313\]"):
-        Control(reference=torch.ones(313)).unary(ColorBins("separable"), None, None)
+        Control(reference=torch.ones(313)).unary(ColorBins("separable"), None, 0.0)
 
 
 # --- together ---------------------------------------------------------------------------------------------------------
