@@ -142,8 +142,11 @@ def timed(rows: Iterable[dict]) -> list[dict]:
 
 
 def find(run: Run, title: str, candidate: str) -> dict | None:
-    """The fastest row of those whose title and candidate match two regular expressions; one without a time if need be."""
-    found = [r for r in run.rows if re.search(title, r["title"]) and re.fullmatch(candidate, r["candidate"])]
+    """The fastest row of the first table whose title matches, of candidates that match (regular expressions); one
+    without a time if need be.
+    """
+    table = next((r["title"] for r in run.rows if re.search(title, r["title"])), None)
+    found = [r for r in run.rows if r["title"] == table and re.fullmatch(candidate, r["candidate"])]
     return min(timed(found), key=lambda r: r["median_us"], default=found[0] if found else None)
 
 
