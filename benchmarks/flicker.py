@@ -43,44 +43,47 @@ METHODS = {
     "keyframes, no motion": VideoOptions(motion=False),
     "keyframes, frame before too": VideoOptions(bond=1),
 }
+FIGURES = ("flicker", "cdc", "step", "largest_step")
+TINY = 1e-5  # of the truth's own; where it has none, figures are given as they are, in brackets
 
 
 # --- films ------------------------------------------------------------------------------------------------------------
 
 
 def clip(path: Path, frames: int) -> list[Tensor]:
-    """[3, H, W] uint8 each."""
+    """[3, H, W] in [0, 1] each."""
     import av
 
     found = []
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
-            found.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous())
+            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            found.append(pixels.permute(2, 0, 1).contiguous().float() / 255)
             if len(found) == frames:
                 break
     return found
 
 
 def generated(height: int = 288, width: int = 512) -> Tensor:
-    """A picture with edges, texture and colours, where no photo is given: [3, H, W] in [0, 255]."""
+    """A picture with edges, texture and colours, where no photo is given: [3, H, W] in [0, 1]."""
     rng = torch.Generator().manual_seed(4)
     picture = torch.zeros(3, height, width)
     for side in (4, 16, 64):
         blobs = torch.rand(1, 3, height // side + 2, width // side + 2, generator=rng)
         picture += F.interpolate(blobs, (height, width), mode="bicubic")[0].clamp(0, 1) * side
     picture[:, : height // 2] += torch.tensor([-10.0, 5.0, 30.0])[:, None, None]  # a sky
-    return (picture / 84 * 255).clamp(0, 255)
+    return (picture / 84).clamp(0, 1)
 
 
 def photo(path: Path | None) -> Tensor:
-    """[3, H, W] in [0, 255], its short side 288."""
+    """[3, H, W] in [0, 1], its short side 288."""
     if path is None:
         return generated()
     from fastcolor.imaging.files import read_picture
 
     pixels = torch.from_numpy(np.ascontiguousarray(read_picture(path).pages[0])).permute(2, 0, 1)[None].float()
     scale = 288 / min(pixels.shape[2:])
-    return F.interpolate(pixels, scale_factor=scale, mode="bicubic", antialias=True)[0].clamp(0, 255)
+    return F.interpolate(pixels, scale_factor=scale, mode="bicubic", antialias=True)[0].div(255).clamp(0, 1)
 
 
 def pan(picture: Tensor, frames: int, speed: float = 1.7) -> list[Tensor]:
@@ -93,17 +96,19 @@ def pan(picture: Tensor, frames: int, speed: float = 1.7) -> list[Tensor]:
         places = (
             motion.positions(height, width, 1.0, torch.device("cpu")) + torch.tensor([x, height / 4])[:, None, None]
         )
-        found.append(motion.read_at(picture[None], places)[0].round().byte())
+        found.append(motion.read_at(picture[None], places)[0])
     return found
 
 
-def noisy(picture: Tensor, frames: int, sigma: float = 6.0) -> list[Tensor]:
-    """The picture standing still under noise of lightness, `sigma` of 255."""
+def noisy(picture: Tensor, frames: int, sigma: float = 3.0) -> list[Tensor]:
+    """The picture standing still under noise of its lightness, `sigma` in L: the true colours do not change."""
     rng = torch.Generator().manual_seed(1)
-    return [
-        (picture + sigma * torch.randn(1, *picture.shape[1:], generator=rng)).round().clamp(0, 255).byte()
-        for _ in range(frames)
-    ]
+    lab = fastcolor.rgb_to_lab(picture[None])
+    found = []
+    for _ in range(frames):
+        L = (lab[:, :1] + sigma * torch.randn(lab[:, :1].shape, generator=rng)).clamp(0, 100)
+        found.append(fastcolor.lab_to_rgb(torch.cat((L, lab[:, 1:]), 1), gamut="preserve_lightness")[0].clamp(0, 1))
+    return found
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -149,7 +154,7 @@ def colored(film: list[Tensor], colorizer: Colorizer, options: VideoOptions) -> 
 
 
 def measured(film: list[Tensor], methods: dict[str, VideoOptions], colorizer: Colorizer) -> tuple[dict, dict]:
-    """Figures and frames of each method, the truth's own first."""
+    """Figures and frames of each method, the truth's own first. Floating frames: rounding to 8 bits flickers too."""
     truth = torch.stack(film)
     lab = torch.cat([fastcolor.rgb_to_lab(frame[None]) for frame in film])
     half = F.avg_pool2d(lab, 2)
@@ -166,13 +171,13 @@ def measured(film: list[Tensor], methods: dict[str, VideoOptions], colorizer: Co
         elsewhere = [c for t, c in enumerate(change, 1) if t not in extra.get("keyframes", ())]
         figures[name] = {
             "flicker": float(flicker(ab, lab[:, :1])),
-            "cdc": float(color_distribution_consistency(rgb)),
+            "cdc": float(color_distribution_consistency(rgb.mul(255).round().byte())),
             "step": float(np.mean(change)),
             "largest_step": float(np.max(change)),
             "step_at_keyframes": float(np.mean(at_keys)) if at_keys and elsewhere else None,
             "step_elsewhere": float(np.mean(elsewhere)) if at_keys and elsewhere else None,
-            "psnr": None if options is None else float(psnr(rgb, truth).mean()),
-            "colorfulness": float(np.mean([float(colorfulness(x)) for x in rgb])),
+            "psnr": None if options is None else float(psnr(255 * rgb, 255 * truth).mean()),
+            "colorfulness": float(np.mean([float(colorfulness(255 * x)) for x in rgb])),
             **extra,
         }
     return figures, frames
@@ -212,7 +217,7 @@ def draw_frames(path: Path, frames: dict[str, list[Tensor]], at: list[int]) -> N
     """Some frames of each method: a row for each method."""
     import pyvips
 
-    rows = [torch.cat([F.avg_pool2d(of[t].float(), 2) for t in at if t < len(of)], 2) for of in frames.values()]
+    rows = [torch.cat([F.avg_pool2d(255 * of[t], 2) for t in at if t < len(of)], 2) for of in frames.values()]
     sheet = torch.cat(rows, 1).round().byte().permute(1, 2, 0).contiguous().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     pyvips.Image.new_from_array(sheet).write_to_file(str(path))
@@ -220,17 +225,17 @@ def draw_frames(path: Path, frames: dict[str, list[Tensor]], at: list[int]) -> N
 
 def show(console: Console, film: str, figures: dict) -> None:
     table = Table(title=film, title_justify="left")
-    columns = "flicker", "CDC", "step", "largest", "at keyframes", "colour", "PSNR", "network", "ms"
+    columns = "flicker", "CDC", "step", "largest step", "at keyframes", "colour", "PSNR", "network", "ms"
     for column in ("÷ truth:", *columns):
         table.add_column(column, justify="left" if column == "÷ truth:" else "right")
     truth = figures["truth"]
     for name, row in figures.items():
         if name == "truth":
             continue
-        ratio = [f"{row[x] / truth[x]:.2f}" if truth[x] else f"({row[x]:.3g})" for x in ("flicker", "cdc", "step")]
+        ratio = [f"{row[x] / truth[x]:.2f}" if truth[x] > TINY else f"({row[x]:.3f})" for x in FIGURES]
         pop = f"{row['step_at_keyframes'] / row['step_elsewhere']:.2f}" if row["step_at_keyframes"] else ""
         table.add_row(
-            name, *ratio, f"{row['largest_step'] / truth['largest_step']:.2f}", pop,
+            name, *ratio, pop,
             f"{row['colorfulness'] / truth['colorfulness']:.2f}", f"{row['psnr']:.2f}",
             f"{row['network_runs_per_frame']:.3f}", f"{row['ms_per_frame']:.1f}",
         )  # fmt: skip

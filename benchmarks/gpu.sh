@@ -18,13 +18,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 device=cuda cuda=ON build=yes folder= limit=540 suites= awaiting=
-benchmark_options=()
+benchmark_options=() benchmark_size=()
 for argument in "$@"; do
   if [ -n "$awaiting" ]; then printf -v "$awaiting" %s "$argument"; awaiting=; continue; fi
   case $argument in
     --seconds) awaiting=limit ;;
     --suites) awaiting=suites ;;
-    --dry-run) device=cpu cuda=OFF benchmark_options=(--quick --size 96x64) ;;
+    --dry-run) device=cpu cuda=OFF benchmark_options=(--quick) benchmark_size=(--size 96x64) ;;
     --no-build) build=no ;;
     -*) sed -n '2,/^$/s/^#\( \|$\)//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     *) folder=$argument ;;
@@ -128,8 +128,10 @@ within() {  # COMMAND...
 }
 while read -r name module; do
   case " ${suites:-$name} " in *" $name "*) ;; *) continue ;; esac
+  size=(${benchmark_size[@]+"${benchmark_size[@]}"})
+  case $name in training | video | scaling) size=() ;; esac  # have small sizes of their own
   step "benchmark $name" within "$python" -m "$module" --device "$device" --json "$folder" --commit "$commit" \
-    ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 < /dev/null || tail -n 20 "$scratch/$name.log"
+    ${size[@]+"${size[@]}"} ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 < /dev/null || tail -n 20 "$scratch/$name.log"
 done < <("$python" -m benchmarks --names)
 # Memory, and the barriers and shared memory of kernels, on a few small tests of the CUDA C++ backend. Without torch's
 # cache of memory, whose blocks are larger than the tensors in them.

@@ -4,8 +4,8 @@
 
 One process under callgrind (valgrind has to be installed) runs each operation on one thread at two sizes; the
 difference, over that of the sizes, is what a pixel costs (or a pixel and label, or a pixel, label and sweep): what a
-call costs besides falls out. valgrind knows no AVX-512: the kernels run as AVX2 there, with 8 floats in a register, and half as
-many instructions may be thought of where AVX-512 runs. Counts do not depend on what else the machine does.
+call costs besides falls out. valgrind knows no AVX-512: the kernels run as AVX2 there, with 8 floats in a register,
+where AVX-512 has 16. Counts do not depend on what else the machine does.
 
 The floors are argued in FLOORS: what the formula needs if every register is full, a multiplication with an addition is
 one instruction, each number is loaded and stored once, and nothing is spent on loops, addresses and edges.

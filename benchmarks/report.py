@@ -10,9 +10,10 @@ it where there is none.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcolor._files import atomic_path
@@ -37,10 +38,12 @@ class Results:
 
     runs: list[Run]
     again: list[Run]
+    counts: list[dict] = field(default_factory=list)  # of benchmarks/instructions.py
 
     @classmethod
     def load(cls, folder: Path) -> Results:
-        return cls(load(folder), load_reruns(folder))
+        counts = [json.loads(path.read_text()) for path in sorted(folder.glob("instructions--*.json"))]
+        return cls(load(folder), load_reruns(folder), counts)
 
     def of(self, suite: str, device: str) -> list[Run]:
         """The runs of a suite: of the machine with the newest first."""
@@ -279,6 +282,22 @@ def losses(results: Results) -> list[str]:
     return lines or ["None in these files."]
 
 
+def instructions(results: Results) -> list[str]:
+    lines = []
+    for count in results.counts:
+        lines += [
+            f"Compiled for {count['simd'].upper()}, one thread, commit {count['commit']}, {count['date']}.",
+            "",
+            "| operation | a | instructions | argued floor | times the floor |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for r in count["counts"]:
+            figures = f"{r['instructions']:.2f} | {r['floor']:.2f} | {r['times_floor']:.1f}"
+            lines.append(f"| {r['op']} | {r['unit']} | {figures} |")
+        lines.append("")
+    return lines or [NOT_MEASURED.capitalize() + ".", ""]
+
+
 def spreads(results: Results) -> list[str]:
     lines = []
     for run in results.runs:
@@ -303,6 +322,12 @@ says what each figure is. All candidates of a table are timed in turn in one pro
 after it was compared with float64. A ratio is printed as wide as it was seen: over reruns of the suite, or by the
 quartiles of its one run. *Of its floor*: the time that a plain copy of as many bytes, or a matrix product of as many
 operations, takes in the same run, over the time; above 100 %, the data stays in caches."""
+
+
+INSTRUCTIONS = """\
+Of the C++ kernels, by callgrind (`python -m benchmarks.instructions`, which argues the floors: every register full,
+each number loaded and stored once, nothing spent on loops, addresses and edges). valgrind knows no AVX-512, so these
+are of the AVX2 versions, 8 floats a register. What a call costs besides is not in them."""
 
 
 def page(results: Results, plots: dict[str, str]) -> str:
@@ -331,6 +356,7 @@ def page(results: Results, plots: dict[str, str]) -> str:
         for caption, path in plots.items():
             lines += [f"![{caption}]({path})", "", f"{caption}.", ""]
     lines += ["## GPU", "", *gpu_page(results), ""]
+    lines += ["## Instructions", "", *INSTRUCTIONS.splitlines(), "", *instructions(results)]
     lines += ["## The runs", "", *machines([*cpu, *gpu]), ""]
     for suite in SUITES:
         for run in [*results.of(suite, "cpu"), *results.of(suite, "cuda")]:

@@ -142,11 +142,12 @@ def timed(rows: Iterable[dict]) -> list[dict]:
 
 
 def find(run: Run, title: str, candidate: str) -> dict | None:
-    """The first row whose title and candidate match two regular expressions, timed or not."""
-    for row in run.rows:
-        if re.search(title, row["title"]) and re.fullmatch(candidate, row["candidate"]):
-            return row
-    return None
+    """The fastest row of the first table whose title matches, of candidates that match (regular expressions); one
+    without a time if need be.
+    """
+    table = next((r["title"] for r in run.rows if re.search(title, r["title"])), None)
+    found = [r for r in run.rows if r["title"] == table and re.fullmatch(candidate, r["candidate"])]
+    return min(timed(found), key=lambda r: r["median_us"], default=found[0] if found else None)
 
 
 @dataclass(frozen=True)

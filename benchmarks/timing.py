@@ -32,6 +32,7 @@ from . import work
 from .work import COPY, is_limit
 
 NOT_MEASURED = "not measured"
+PICTURE = {"cpu": (1920, 1080), "cuda": (3840, 2160), "quick": (320, 180)}  # width and height if none is given
 QUICK_LIMITS = {"seconds": 0.02, "copied": 1 << 24, "side": 512}
 _PACKAGES = ("fastcolor", "torch", "triton", "numpy", "scikit-image", "opencv-python-headless", "kornia")
 

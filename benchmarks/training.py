@@ -315,8 +315,9 @@ def pipelines(size: int, batch: int, photos: int, options) -> Iterator[dict]:
         pack(parts, data, packed, size * 9 // 8)
         common = (size, batch, options.workers, options.device)
         made: dict = {}
-        for source, where in (("pack", packed), ("JPEG", data)):
-            for precision in ("bf16", "fp32"):
+        some = 1 if options.quick else 2
+        for source, where in (("pack", packed), ("JPEG", data))[:some]:
+            for precision in ("fp32", "bf16")[:some]:
                 out = Path(place, source, precision)
                 made[f"fastcolor, {source}, {precision}"] = Ours(where, out, precision, *common)
         made["reference pipeline, JPEG, fp32"] = Reference(data, *common)

@@ -28,15 +28,16 @@ import av
 import numpy as np
 import torch
 
-from benchmarks import timing
-from benchmarks.ops.lab import photograph
-from benchmarks.timing import Candidate, Timing
 from fastcolor.model.colorizer import Colorizer
 from fastcolor.video.colorizer import VideoColorizer, VideoOptions
 from fastcolor.video.film import FilmOptions, colorize_film, peak_memory
 from fastcolor.video.reader import Picture, Reader
 from fastcolor.video.segments import SegmentWriter
 from fastcolor.video.writer import choose_encoding, make_frame
+
+from . import timing
+from .ops.lab import photograph
+from .timing import Candidate, Timing
 
 WIDTHS = {480: 854, 720: 1280, 1080: 1920}
 RATE = 24
@@ -284,8 +285,10 @@ def contest(options: argparse.Namespace, folder: Path, height: int) -> list[dict
             if "ms_by_step" in row:
                 row["note"] += ", ms: " + ", ".join(f"{k} {v:.1f}" for k, v in row["ms_by_step"].items())
         rows.append(row)
-    whole = [r for r in rows if r["candidate"] in ("fastcolor video", "PNGs, one at a time")]
-    timing.compare(whole)
+    whole = ("fastcolor video", "PNGs, one at a time")
+    for row in rows:
+        row["part"] = row["candidate"] not in whole
+    timing.compare([r for r in rows if not r["part"]])
     timing.show(rows, rows[0]["title"])
     return rows
 
@@ -303,7 +306,15 @@ def memory(options: argparse.Namespace, folder: Path, height: int = 480) -> list
     long = repeat_film(folder / "long.mp4", short, times)
     rows = []
     for film, length in ((short, seconds), (long, seconds * times)):
-        command = [sys.executable, "-m", "benchmarks.video", "--child", str(film), "--threads", str(options.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            f"{__package__}.video",
+            "--child",
+            str(film),
+            "--threads",
+            str(options.threads),
+        ]
         if options.weights:
             command += ["--weights", str(options.weights)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -333,29 +344,27 @@ def child(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.video", description=__doc__.splitlines()[0])
+    parser = timing.parser(
+        "video", __doc__, "in place of --sizes", "2 s, one pass, the smallest size: whether it works"
+    )
     parser.add_argument("--clip", type=Path, help="made grey, scaled, and repeated; a synthetic scene by default")
     parser.add_argument("--sizes", default="480,720,1080", help="heights of the picture")
     parser.add_argument("--seconds", type=float, default=10.0, help="of film in a pass")
     parser.add_argument("--rounds", type=int, default=3, help="passes that count")
-    parser.add_argument("--threads", type=int, default=timing.threads(), help="of every part of every candidate")
     parser.add_argument("--preset", help="of libx264; the command's own by default")
     parser.add_argument("--keyframes", default="auto", help="auto, or every n-th frame")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="results file, or the folder for one with the usual name")
-    parser.add_argument("--quick", action="store_true", help="2 s, one pass, the smallest size: whether it works")
     parser.add_argument("--memory", action="store_true", help="peak memory of a short and a longer film too")
     parser.add_argument("--long", action="store_true", help="peak memory of 10 s and of 10 minutes too")
-    parser.add_argument("--commit", help="to record, where there is no git")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = timing.parse(parser, arguments)
     if options.child:
         return child(options)
+    if options.size:
+        options.sizes = str(options.size[1])
     if options.quick:
         options.sizes, options.seconds, options.rounds = options.sizes.split(",")[0], 2.0, 1
     options.keyframes = int(options.keyframes) if options.keyframes.isdecimal() else options.keyframes
-    torch.set_num_threads(options.threads)
     record = timing.machine(options.device, options.commit)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -363,9 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows += contest(options, Path(folder), int(height))
         if options.memory or options.long:
             rows += memory(options, Path(folder))
-    if options.json:
-        print(f"written: {timing.write(options.json, 'video', options.device, record, rows).name}")
-    return 0
+    return timing.finish("video", options, record, rows)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def color_cross_entropy(pixels: int, labels: int) -> int:
 
 
 def is_limit(row: dict) -> bool:
-    """Whether a row is no contestant, but shows what the machine can do."""
-    return row["candidate"].startswith((COPY, PRODUCT))
+    """Whether a row is no contestant, but shows what the machine can do, or is a part of one."""
+    return row["candidate"].startswith((COPY, PRODUCT)) or row.get("part", False)
 
 
 # --- what the machine can do ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """fastcolor: colorization of photographs and film, and training of the models that do it, on fused kernels."""
 
+from fastcolor import _openmp  # noqa: F401  before torch
 from fastcolor._version import __version__
 from fastcolor.bins import ColorBins
 from fastcolor.model.colorizer import ColorizeOptions, Colorizer

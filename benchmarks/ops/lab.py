@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         "lab", __doc__, "1920x1080, on CUDA 3840x2160", "few samples, no torch.compile, no second size"
     )
     options = timing.parse(parser, arguments)
-    size = options.size or ((3840, 2160) if options.device == "cuda" else (1920, 1080))
+    size = options.size or timing.PICTURE["quick" if options.quick else options.device]
     record = timing.machine(options.device, options.commit)
     rows = []
     for op in ("rgb_to_lab", "lab_to_rgb"):

@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         "render", __doc__, "1920x1080, on CUDA 3840x2160", "few samples, no reference, no second size"
     )
     options = timing.parse(parser, arguments)
-    size = options.size or ((3840, 2160) if options.device == "cuda" else (1920, 1080))
+    size = options.size or timing.PICTURE["quick" if options.quick else options.device]
     record, rows = timing.machine(options.device, options.commit), []
     for width, height in [size] if options.quick else [size, *SMALL]:
         rows += benchmark(width, height, options)

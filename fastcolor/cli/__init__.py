@@ -18,7 +18,7 @@ from fastcolor.cli.video import video
 
 app = typer.Typer(
     name="fastcolor",
-    help="Colorize photographs and film, and train the model that does it.",
+    help="Colorize photographs, and train the model that does it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,

@@ -276,7 +276,8 @@ def video(
     colorizer = _load(weights, device, colour, ("luma_to_lightness", "mean_field", "render_uv"))
     try:
         control = load_control(colorizer.bins, hints, palette, reference, strength)
-        control.unary(colorizer.bins, colorizer.checkpoint.prior, None)  # says what does not fit the network
+        # says what does not fit the network
+        control.unary(colorizer.bins, colorizer.checkpoint.prior, colorizer.options.vividness)
     except ControlError as error:
         _refuse(str(error))
     files = {"weights": weights or BUNDLED, "hints": hints, "palette": palette, "reference": reference}

@@ -23,13 +23,12 @@ from fastcolor.ops.render import luma_to_lightness, render, render_uv
 from fastcolor.video import cuts, motion
 from fastcolor.video.control import Control, hints_unary
 from fastcolor.video.gpu import Ferry, Graphed
-from fastcolor.video.state import Evidence, Track, from_dict, gather, still, to_dict, trusted
+from fastcolor.video.state import Evidence, Track, evidence_of, from_dict, gather, still, to_dict, trusted
 from fastcolor.yuv import YuvFormat
 
 # Chosen by benchmarks/flicker.py: docs/video.md has the figures.
 LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
 CHANGED = 0.06  # share of the picture that the last keyframe does not explain, at which the next one comes
-FLOOR = 0.1  # trust in scores whose place has another lightness
 SIGMA_TIME = 5.0  # L units: of the frame before in the field
 SETTLE = 3  # passes of the field at the start of a scene, whose first frame has none before it
 
@@ -129,6 +128,7 @@ class VideoColorizer:
         self.control = control
         self.stats = VideoStats()
         self._first = first
+        self._cuts = frozenset(self.options.cuts or ())
         self._ferry = Ferry(colorizer.device)
         self._carried = Graphed(self._carry)
         self._mixes = torch.zeros(0, 2)
@@ -331,7 +331,7 @@ class VideoColorizer:
     def _is_cut(self, frame: _Frame, features: list[float] | None) -> bool:
         track = self._track
         if features is None:
-            return track.guide is not None and frame.number in self.options.cuts
+            return track.guide is not None and frame.number in self._cuts
         after_blank = track.blank
         if after_blank and track.seen is not None:
             features = cuts.features(frame.guide, track.seen)[0].tolist()
@@ -362,9 +362,7 @@ class VideoColorizer:
         evidence, bond = self._evidence, self.options.bond
         if frame.key:
             self._take_over(frame)
-        trust = None
-        if not frame.key and self.colorizer.bins is not None:
-            trust = FLOOR + (1 - FLOOR) * frame.trust
+        trust = None if frame.key else frame.trust
         places = still(frame.guide) if frame.key else frame.places
         hints = [] if self.control is None else self.control.hints_at(frame.number)
         same, evidence.hints = hints == evidence.hints, hints
@@ -394,7 +392,7 @@ class VideoColorizer:
         if evidence.scores is not None and self.options.temporal > 0:
             old = gather(evidence.scores, self._shares(evidence.age), frame.places)
             old = torch.lerp(new, old, frame.trust.flatten()[:, None])  # what is new in the picture has no past
-        evidence.scores, evidence.age = torch.stack((old, new)), 0
+        evidence.scores, evidence.age = evidence_of(old, new, frame.guide), 0
 
     def _shares(self, frames: int) -> Tensor:
         """Of the scores from before a keyframe and of its own, after so many frames with it: as if each had kept
@@ -406,7 +404,7 @@ class VideoColorizer:
 
     def _scores_at(self, scores: Tensor, shares: Tensor, places: Tensor, guide: Tensor, trust: Tensor | None) -> Tensor:
         """[1, C, h, w], labels side by side in memory."""
-        rows = gather(scores, shares, places, trust)
+        rows = gather(scores, shares, places, guide, trust)
         return rows.unflatten(0, (1, *guide.shape[-2:])).movedim(-1, 1)
 
     def _carry(self, scores: Tensor, shares: Tensor, places: Tensor, guide: Tensor, trust: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class _Film:
                     info, options.codec, options.crf, options.preset, options.pix_fmt, options.threads
                 )
                 self._check_container(form, encoding)
-            if encoding.pixels.bits != info.bits:
+            if encoding.pixels.bits < info.bits:
                 summary.notes.append(f"luma goes from {info.bits} to {encoding.pixels.bits} bits ({options.codec})")
             if info.aspect not in (None, 1) and form in ("matroska", "webm") and encoding.codec not in ASPECT_INSIDE:
                 summary.notes.append(
@@ -289,7 +289,7 @@ class _Film:
         self.colorizer = colorizer
         after, skip = None, 0
         if parts is not None and parts.parts:
-            colorizer.load_state_dict(torch.load(io.BytesIO(parts.state()), weights_only=False))
+            colorizer.load_state_dict(torch.load(io.BytesIO(parts.state()), weights_only=True))
             after, skip = parts.parts[-1].last, parts.frames if parts.moved else 0
 
         def reading() -> None:
@@ -344,7 +344,8 @@ class _Film:
                 picture, luma = waiting.popleft()
                 if options.compare:
                     for plane in (u, v):
-                        plane[:, : plane.shape[1] // 2] = 1 << (pixels.bits - 1)
+                        # by way of numpy: torch refuses to change what was made in inference mode
+                        plane.numpy()[:, : plane.shape[1] // 2] = 1 << (pixels.bits - 1)
                 coloured.put(_Coloured(picture, luma, u, v))
 
         def cut(whole: bool) -> None:

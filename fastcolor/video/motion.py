@@ -64,9 +64,9 @@ def _search(now: Tensor, before: Tensor) -> Tensor:
     )
     cost = box(pool_to((shifted - now).abs(), CELL), 3)  # [B, 49, h, w]
     # a step away has to be worth it: flat places stay where they are
-    far = _table(tuple(float(dy * dy + dx * dx) ** 0.5 for dy, dx in reach), now.device)
+    far = table(tuple(float(dy * dy + dx * dx) ** 0.5 for dy, dx in reach), now.device)
     best = (cost + 0.05 * far[None, :, None, None]).argmin(1)  # [B, h, w]
-    shifts = _table(tuple((float(dx), float(dy)) for dy, dx in reach), now.device)
+    shifts = table(tuple((float(dx), float(dy)) for dy, dx in reach), now.device)
     return shifts[best].movedim(-1, 1)
 
 
@@ -113,7 +113,7 @@ def warp(x: Tensor, motion: Tensor) -> Tensor:
 
 def read_at(x: Tensor, places: Tensor) -> Tensor:
     """x [B, C, H, W] at places [B, 2, h, w], (x, y) in pixels."""
-    size = _table((2.0 / x.shape[-1], 2.0 / x.shape[-2]), x.device)
+    size = table((2.0 / x.shape[-1], 2.0 / x.shape[-2]), x.device)
     grid = (places.movedim(1, -1) + 0.5) * size - 1
     return F.grid_sample(
         x, grid.expand(x.shape[0], -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
@@ -130,5 +130,6 @@ def positions(height: int, width: int, scale: float, device: torch.device) -> Te
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _table(numbers: tuple, device: torch.device) -> Tensor:
+def table(numbers: tuple, device: torch.device) -> Tensor:
+    """Plain numbers on a device, kept there: a copy makes the host wait, and cannot be captured in a graph."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)

@@ -518,10 +518,10 @@ def _as_native(plane: np.ndarray) -> np.ndarray:
 
 def _luma_of_rgb(frame: av.VideoFrame, colours: Colours) -> Tensor:
     bits = _luma_bits(frame)
-    planar = frame.reformat(format="gbrp" if bits == 8 else "gbrp16le")
+    # with as many bits as it has: FFmpeg widens samples by a shift, after which white is no longer white
+    planar = frame.reformat(format="gbrp" if bits == 8 else f"gbrp{bits}le")
     green, blue, red = (torch.from_numpy(_plane(planar, i, bits)).float() for i in range(3))
     yuv = colours.yuv("444", bits)
     weights = yuv.luma_weights
-    top = 255 if bits == 8 else 65535
-    luma = (weights[0] * red + weights[1] * green + weights[2] * blue) * (yuv.luma_span / top) + yuv.black
+    luma = (weights[0] * red + weights[1] * green + weights[2] * blue) * (yuv.luma_span / (2**bits - 1)) + yuv.black
     return luma.round_().to(yuv.dtype)

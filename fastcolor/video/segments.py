@@ -16,7 +16,7 @@ import hashlib
 import heapq
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,6 +33,7 @@ from fastcolor.video.writer import Copier, Encoding, add_film, copy_tags, descri
 
 _VERSION = 1
 _MANIFEST = "film.json"
+_OURS = re.compile(r"film\.json|\.film-.*\.json|\.?\d{6}(-.*)?\.(nut|mov|pt|unfinished)|joined\..*")
 _ENDS = 1 << 20  # bytes from both ends of a file that its fingerprint takes in
 
 
@@ -83,8 +84,8 @@ class Parts:
         elif resume:
             raise VideoError(f"{target}: nothing to resume, there is no {self.folder / _MANIFEST}")
         elif self.folder.exists():
-            if found is None and any(self.folder.iterdir()):
-                raise VideoError(f"{self.folder}: is there, and not from an earlier run; it is in the way")
+            if foreign := [f.name for f in self.folder.iterdir() if not _OURS.fullmatch(f.name)]:
+                raise VideoError(f"{self.folder}: is there with {foreign[0]}, which is not of a run; it is in the way")
             if found is not None and found["parts"] and not overwrite:
                 frames = sum(p["frames"] for p in found["parts"])
                 raise VideoError(
@@ -125,7 +126,7 @@ class Parts:
         if self.parts:
             needed.add(self._state_file().name)
         for file in self.folder.iterdir():
-            if file.name not in needed:
+            if file.name not in needed and _OURS.fullmatch(file.name):
                 file.unlink()
 
     def _state_file(self) -> Path:
@@ -164,7 +165,11 @@ class Parts:
 
     def remove(self) -> None:
         """Removes the folder: the output is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.parts = []
+        (self.folder / _MANIFEST).unlink(missing_ok=True)  # first: half a folder must not look like a run
+        self._clean()
+        with suppress(OSError):  # somebody's file in it
+            self.folder.rmdir()
 
 
 def parts_folder(target: Path) -> Path:

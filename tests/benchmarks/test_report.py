@@ -65,6 +65,13 @@ def test_page(made):
     assert all(f"## {suite}\n\nOn a CPU: not measured." in text for suite in report.SUITES if suite != "lab")
 
 
+def test_instructions(made):
+    assert report.instructions(made) == ["Not measured.", ""]
+    row = {"op": "rgb_to_lab", "unit": "pixel", "instructions": 24.35, "floor": 8.5, "times_floor": 2.86}
+    count = {"simd": "avx2", "commit": "abc", "date": "today", "counts": [row]}
+    assert "| rgb_to_lab | pixel | 24.35 | 8.50 | 2.9 |" in report.instructions(report.Results([], [], [count]))
+
+
 def test_losses_are_listed(made):
     made.runs[0].rows[1]["median_us"] = 9.0
     (line,) = report.losses(made)

@@ -16,7 +16,7 @@ from fastcolor.model.network import ColorNetwork
 
 def test_pipelines_do_the_same(monkeypatch):
     monkeypatch.setattr(training, "PHOTO", (120, 90))
-    options = SimpleNamespace(workers=0, device="cpu", data=None)
+    options = SimpleNamespace(workers=0, device="cpu", data=None, quick=False)
     with training.pipelines(64, 2, 4, options) as made:
         assert made.pop("difference") <= training.LOSS_BOUND
         assert set(made) == {f"fastcolor, {s}, {p}" for s in ("pack", "JPEG") for p in ("bf16", "fp32")} | {

@@ -46,9 +46,9 @@ def make_clip(
     aspect: Fraction | None = None,
     tags: tuple[int, int, int, int] | None = None,  # range, matrix, primaries, transfer
     options: dict[str, str] | None = None,
-    subtitle: bool = False,
     interlaced: bool = False,
-    change_size_at: int | None = None,
+    subtitle: bool = False,
+    tick: Fraction | None = None,
 ) -> Path:
     """A film of `pattern` with noise in its chroma planes, and a tone beside it."""
     times = steady(30) if times is None else times
@@ -57,7 +57,7 @@ def make_clip(
     with av.open(str(path), "w") as out:
         out.metadata["title"] = "A film"
         stream = out.add_stream(codec, rate=24, options=options or {},
-                                time_base=Fraction(1, 24) if codec == "mpeg2video" else TICK)  # fmt: skip
+                                time_base=tick or (Fraction(1, 24) if codec == "mpeg2video" else TICK))  # fmt: skip
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1
         if interlaced:
@@ -74,6 +74,7 @@ def make_clip(
         if audio:
             sound = out.add_stream(audio, rate=48000, layout="mono")
             sound.metadata["language"] = "deu"
+        words = out.add_mux_stream("subrip", time_base=Fraction(1, 1000)) if subtitle else None
         if chapters:
             tick = Fraction(1, 1000)
             entries = [(0, 500, "one"), (500, 1250, "two")]
@@ -107,6 +108,14 @@ def make_clip(
             for piece in [*resample.resample(frame), *resample.resample(None)]:
                 packets += sound.encode(piece)
             packets += sound.encode(None)
+        if words is not None:
+            words.metadata["language"] = "ger"
+            for i in range(2):
+                packet = av.Packet(f"Line {i}".encode())
+                packet.stream, packet.time_base = words, Fraction(1, 1000)
+                packet.pts = packet.dts = 200 + 500 * i
+                packet.duration = 300
+                packets.append(packet)
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
             out.mux(packet)
     return path
@@ -150,6 +159,7 @@ class Counting:
     def __init__(self, yuv: YuvFormat, hold: int = 4):
         self.yuv, self.hold, self.count, self.held = yuv, hold, 0, []
 
+    @torch.inference_mode()
     def push(self, luma: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         assert luma.dtype == self.yuv.dtype
         size = self.yuv.chroma_size(*luma.shape)

@@ -133,13 +133,15 @@ def test_part_of_a_film(tmp_path):
         assert [(c["start"], c["metadata"]["title"]) for c in film.chapters()] == [(0, "two")]
 
 
-def test_compare_keeps_the_left_grey(tmp_path):
-    clip = make_clip(tmp_path / "in.mkv", times=steady(3))
+@pytest.mark.parametrize("bits", [8, 10])
+def test_compare_keeps_the_left_grey(tmp_path, bits):
+    clip = make_clip(tmp_path / "in.mkv", times=steady(3), pix_fmt="yuv420p" if bits == 8 else "yuv420p10le")
     run(clip, tmp_path / "out.mkv", compare=True, **FFV1)
     with av.open(str(tmp_path / "out.mkv")) as film:
         for frame in film.decode(video=0):
-            u = np.frombuffer(frame.planes[1], np.uint8).reshape(24, -1)[:, :32]
-            assert (u[:, :16] == 128).all() and (u[:, 16:] != 128).all()
+            u = np.frombuffer(frame.planes[1], np.uint8 if bits == 8 else np.uint16).reshape(24, -1)[:, :32]
+            grey = 1 << (bits - 1)
+            assert (u[:, :16] == grey).all() and (u[:, 16:] != grey).all()
 
 
 def test_bits_of_the_encoder(tmp_path):
@@ -505,9 +507,19 @@ def test_output_that_cannot_be_written(tmp_path):
         run(clip, tmp_path / "folder.mkv")
     (tmp_path / "out.mkv.parts").mkdir()
     (tmp_path / "out.mkv.parts" / "mine.txt").write_text("")
-    with pytest.raises(VideoError, match="not from an earlier run; it is in the way"):
+    with pytest.raises(VideoError, match=r"is there with mine\.txt, which is not of a run; it is in the way"):
         run(clip, tmp_path / "out.mkv", overwrite=True)
     assert (tmp_path / "out.mkv.parts" / "mine.txt").exists()
+
+
+def test_killed_at_the_very_beginning(tmp_path):
+    """What is left of a run that had nothing finished is no obstacle."""
+    clip = make_clip(tmp_path / "in.mkv", times=steady(3))
+    (tmp_path / "out.mkv.parts").mkdir()
+    (tmp_path / "out.mkv.parts" / ".film-abc.json").write_text("{")
+    (tmp_path / "out.mkv.parts" / "000000.unfinished").write_text("")
+    assert run(clip, tmp_path / "out.mkv", **FFV1).frames == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
 
 def test_streams_that_the_container_cannot_hold(tmp_path):
@@ -519,6 +531,28 @@ def test_streams_that_the_container_cannot_hold(tmp_path):
     summary = run(clip, tmp_path / "out.webm", codec="libvpx-vp9")
     assert summary.notes[0].startswith("stream 1 (audio, pcm_s16le) is left out: webm cannot hold it as it is")
     assert summary.frames == len(luma_planes(tmp_path / "out.webm")) == 12
+
+
+def test_subtitles(tmp_path):
+    clip = make_clip(tmp_path / "in.mkv", subtitle=True)
+    assert run(clip, tmp_path / "out.mkv", **FFV1).notes == []
+    with av.open(str(tmp_path / "out.mkv")) as film:
+        stream = film.streams.subtitles[0]
+        read = [(bytes(p), p.pts * p.time_base, p.duration * p.time_base) for p in film.demux(stream) if p.size]
+        assert stream.language == "ger"
+    assert read == [(b"Line 0", Fraction(1, 5), Fraction(3, 10)), (b"Line 1", Fraction(7, 10), Fraction(3, 10))]
+    summary = run(clip, tmp_path / "out.mp4")
+    assert len(summary.notes) == 1 and summary.notes[0].startswith("stream 2 (subtitle, ")
+    assert "is left out: mp4 cannot hold it as it is" in summary.notes[0]
+
+
+def test_sample_aspect_that_cannot_be_kept_is_said(tmp_path):
+    clip = make_clip(tmp_path / "in.mov", aspect=Fraction(16, 15), codec="libx264", times=steady(3), audio=None)
+    summary = run(clip, tmp_path / "out.mkv", **FFV1)
+    assert summary.notes[0].startswith("samples of 16:15 are not noted: ffv1 in matroska cannot have it from here")
+    assert run(clip, tmp_path / "out.mov", codec="prores_ks").notes == []
+    with av.open(str(tmp_path / "out.mov")) as film:
+        assert film.streams.video[0].sample_aspect_ratio == Fraction(16, 15)
 
 
 def test_interlaced(tmp_path):
