@@ -7,6 +7,7 @@
 #include "common/render_math.h"
 #include "cpu/lab_kernels.h"
 #include "cpu/multiversion.h"
+#include "cpu/vectors.h"
 
 namespace fastcolor::cpu {
 namespace {
@@ -20,8 +21,9 @@ struct alignas(64) Expanded {
 
 // The low-resolution columns about each column of a piece, and the share of the right one.
 struct alignas(64) Columns {
-  int32_t left[kRun], right[kRun];
+  int32_t left[kRun], right[kRun];  // in ascending order
   float share[kRun];
+  int32_t all;  // in a low-resolution row
 };
 
 // The functions of render_body.h.
@@ -40,21 +42,30 @@ struct RenderKernels {
 };
 
 namespace baseline {
+#define FC_LANES 4
+#include "cpu/simd_body.h"
 #include "cpu/render_body.h"
+#undef FC_LANES
 }  // namespace baseline
 
 #if FC_HAS_MULTIVERSION
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
+#define FC_LANES 8
+#include "cpu/simd_body.h"
 #include "cpu/render_body.h"
+#undef FC_LANES
 }  // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace avx512 {
+#define FC_LANES 16
+#include "cpu/simd_body.h"
 #include "cpu/render_body.h"
+#undef FC_LANES
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -83,6 +94,7 @@ class Band {
   Band(const RenderProblem& problem, const RenderKernels& k, int64_t image, int64_t start, int64_t n)
       : p_(problem), k_(k), n_(n), low_(problem.low_height * problem.low_width),
         guide_(problem.guide + image * low_), ab_(problem.ab + image * 2 * low_) {
+    columns_.all = int32_t(p_.low_width);
     for (int64_t i = 0; i < n; ++i) {
       const auto [left, share] = before(p_.columns, start + i);
       columns_.left[i] = int32_t(inside(left, p_.low_width));

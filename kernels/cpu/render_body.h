@@ -1,5 +1,5 @@
-// What works on a piece of a row. No include guard: included once for each instruction set, as lab_body.h is.
-// render.cpp defines Expanded and Columns first.
+// What works on a piece of a row. No include guard: included once for each instruction set, after simd_body.h, as
+// lab_body.h is. render.cpp defines Expanded and Columns first.
 
 // 2^x for x <= 0; 0 at -127 and below, at most 2^-126 from there to -126, and nan stays. Max relative error 3e-7 above
 // -126 (test_render.py: test_exp2_bound).
@@ -10,14 +10,40 @@ FC_INLINE float exp2_of(float x) {
   return exp2_of_fraction(y - (z - kMagic)) * float_of(int32_t(uint32_t(bits_of(z)) << 23));
 }
 
-// One low-resolution row, brought to the columns of a piece: its values left and right of each.
+// Lanes of v by number, modulo their count.
+FC_INLINE V pick(V v, I lane) {
+#if FC_LANES == 16
+  return _mm512_permutexvar_ps((__m512i)lane, v);
+#elif FC_LANES == 8
+  return _mm256_permutevar8x32_ps(v, (__m256i)lane);
+#else
+  return __builtin_shuffle(v, lane);
+#endif
+}
+
+// One low-resolution row, brought to the columns of a piece: its values left and right of each. Where the result is
+// larger, those of a vector of columns come out of one vector: loads by number would take half as long as all the rest.
 inline void expand(const float* guide, const float* a, const float* b, const Columns& columns, Expanded& to,
                    int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t left = columns.left[i], right = columns.right[i];
-    to.guide[0][i] = guide[left], to.guide[1][i] = guide[right];
-    to.a[0][i] = a[left], to.a[1][i] = a[right];
-    to.b[0][i] = b[left], to.b[1][i] = b[right];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t end = i + kLanes < n ? i + kLanes : n;
+    const int32_t first = columns.left[i], most = columns.all - kLanes, base = first < most ? first : most;
+    if (kLanes > 4 && base >= 0 && columns.right[end - 1] - base < kLanes) {
+      I left, right;
+      memcpy(&left, columns.left + i, sizeof left), memcpy(&right, columns.right + i, sizeof right);
+      left -= base, right -= base;
+      const V of_guide = load(guide + base), of_a = load(a + base), of_b = load(b + base);
+      store(to.guide[0] + i, pick(of_guide, left)), store(to.guide[1] + i, pick(of_guide, right));
+      store(to.a[0] + i, pick(of_a, left)), store(to.a[1] + i, pick(of_a, right));
+      store(to.b[0] + i, pick(of_b, left)), store(to.b[1] + i, pick(of_b, right));
+      continue;
+    }
+    for (int64_t k = i; k < end; ++k) {
+      const int32_t left = columns.left[k], right = columns.right[k];
+      to.guide[0][k] = guide[left], to.guide[1][k] = guide[right];
+      to.a[0][k] = a[left], to.a[1][k] = a[right];
+      to.b[0][k] = b[left], to.b[1][k] = b[right];
+    }
   }
 }
 
