@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         return child(options)
     if options.quick:
-        options.sizes, options.seconds, options.rounds = options.sizes.split(",")[0], 2.0, 1
+        options.sizes, options.seconds, options.rounds = options.sizes.split(",")[0], min(2.0, options.seconds), 1
     options.keyframes = int(options.keyframes) if options.keyframes.isdecimal() else options.keyframes
     torch.set_num_threads(options.threads)
     record = timing.machine(options.device, options.commit)
