@@ -132,7 +132,6 @@ class VideoColorizer:
         self._ferry = Ferry(colorizer.device)
         self._carried = Graphed(self._carry)
         self._mixes = torch.zeros(0, 2)
-        self._hinted: tuple = (None, None)  # the last hints, and their unary
         self._unary = None
         if control is not None:
             unary = control.unary(colorizer.bins, colorizer.checkpoint.prior, colorizer.options.vividness)
@@ -364,15 +363,14 @@ class VideoColorizer:
             self._take_over(frame)
         trust = None if frame.key else frame.trust
         places = still(frame.guide) if frame.key else frame.places
-        hints = [] if self.control is None else self.control.hints_at(frame.number)
-        same, evidence.hints = hints == evidence.hints, hints
+        unary, same = self._hints(frame)
         evidence.age += 1
         arguments = evidence.scores, self._shares(evidence.age), places, frame.guide
-        if trust is not None and not hints and bond == 0:
+        if trust is not None and unary is None and bond == 0:
             return self._carried(*arguments, trust)
         scores = self._scores_at(*arguments, trust)
-        if hints:  # not carried on: they are for their frames alone
-            scores = scores + self._hints_unary(tuple(hints), *frame.guide.shape[-2:])
+        if unary is not None:  # not carried on: hints are for their frames alone
+            scores = scores + unary
         before = None
         if evidence.shown is not None and same and bond > 0:
             before = tuple(motion.warp(x, frame.flow) for x in (evidence.shown, evidence.guide))
@@ -418,11 +416,23 @@ class VideoColorizer:
         weight = self.options.bond * self.colorizer.field["weight"]
         return self.colorizer.colors(scores, guide, previous=before, weight_time=weight, sigma_time=SIGMA_TIME)
 
-    def _hints_unary(self, hints: tuple[int, ...], height: int, width: int) -> Tensor:
-        if self._hinted[0] != (hints, height, width):
-            unary = hints_unary([self.control.hints[i] for i in hints], height, width, self.colorizer.bins)
-            self._hinted = (hints, height, width), unary.to(self.colorizer.device)
-        return self._hinted[1]
+    def _hints(self, frame: _Frame) -> tuple[Tensor | None, bool]:
+        """The unary of the frame's hints [1, K, h, w], None without any; whether they are those of the frame before."""
+        evidence, control = self._evidence, self.control
+        numbers = [] if control is None else control.hints_at(frame.number)
+        before = dict(zip(evidence.hints, evidence.origins, strict=True))
+        same, evidence.hints, evidence.origins = numbers == evidence.hints, numbers, []
+        if not numbers:
+            return None, same
+        hints, masks = [control.hints[i] for i in numbers], []
+        for i, hint in zip(numbers, hints, strict=True):
+            origin = still(frame.guide)
+            if hint.follow and i in before:
+                origin = motion.read_at(before[i], origin + frame.flow)
+            mask = hint.mask(*frame.guide.shape[-2:])[None, None].to(origin)
+            masks.append(motion.read_at(mask, origin)[0, 0] > 0.5)
+            evidence.origins.append(origin)
+        return hints_unary(hints, masks, self.colorizer.bins), same
 
     def _scale(self, frame: _Frame) -> tuple[float, float]:
         """Pixels of the guide to one of the frame."""
