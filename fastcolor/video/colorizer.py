@@ -29,6 +29,7 @@ from fastcolor.yuv import YuvFormat
 # Chosen by benchmarks/flicker.py: docs/video.md has the figures.
 LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
 CHANGED = 0.06  # share of the picture that the last keyframe does not explain, at which the next one comes
+LOST = 15.0  # L units: a hint that follows is not for things of another lightness than it began with
 SIGMA_TIME = 5.0  # L units: of the frame before in the field
 SETTLE = 3  # passes of the field at the start of a scene, whose first frame has none before it
 
@@ -426,11 +427,15 @@ class VideoColorizer:
             return None, same
         hints, masks = [control.hints[i] for i in numbers], []
         for i, hint in zip(numbers, hints, strict=True):
-            origin = still(frame.guide)
+            mask = hint.mask(*frame.guide.shape[-2:]).to(frame.guide.device)
+            origin = torch.cat((still(frame.guide), frame.guide), 1)
             if hint.follow and i in before:
-                origin = motion.read_at(before[i], origin + frame.flow)
-            mask = hint.mask(*frame.guide.shape[-2:])[None, None].to(origin)
-            masks.append(motion.read_at(mask, origin)[0, 0] > 0.5)
+                places, first = before[i].split((2, 1), 1)
+                places = motion.read_at(places, still(frame.guide) + frame.flow)
+                seen, light = motion.read_at(torch.cat((mask[None, None].to(first), first), 1), places)[0].unbind(0)
+                mask = (seen > 0.5) & ((frame.guide[0, 0] - light).abs() < LOST)
+                origin = torch.cat((places, first), 1)
+            masks.append(mask)
             evidence.origins.append(origin)
         return hints_unary(hints, masks, self.colorizer.bins), same
 
