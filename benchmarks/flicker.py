@@ -187,7 +187,7 @@ def measured(film: list[Tensor], methods: dict[str, VideoOptions], colorizer: Co
 
 
 def draw_slices(path: Path, frames: dict[str, list[Tensor]], row: int | None, title: str) -> None:
-    """One row of pixels through time, downwards: the picture's, and its chroma alone at one lightness."""
+    """One row of pixels through time, downwards: as it is, its chroma at one lightness, the change of its chroma."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,18 +195,21 @@ def draw_slices(path: Path, frames: dict[str, list[Tensor]], row: int | None, ti
 
     height, width = next(iter(frames.values()))[0].shape[1:]
     row = height // 2 if row is None else min(row, height - 1)
-    figure, axes = plt.subplots(len(frames), 2, figsize=(9, 1.35 * len(frames)), squeeze=False)
-    for (name, of_method), (left, right) in zip(frames.items(), axes, strict=True):
+    figure, axes = plt.subplots(len(frames), 3, figsize=(11, 1.2 * len(frames)), squeeze=False)
+    for (name, of_method), of_row in zip(frames.items(), axes, strict=True):
         pixels = torch.stack([frame[:, row] for frame in of_method], 1)  # [3, T, W]
         lab = fastcolor.rgb_to_lab(pixels[None])
         flat = torch.cat((torch.full_like(lab[:, :1], 65), lab[:, 1:] * 1.5), 1)
-        for axis, x in ((left, pixels), (right, fastcolor.lab_to_rgb(flat, dtype=torch.uint8)[0])):
-            axis.imshow(x.permute(1, 2, 0).numpy(), aspect="auto", interpolation="nearest")
+        change = (lab[0, 1:, 1:] - lab[0, 1:, :-1]).norm(dim=0).expand(3, -1, -1) / 2
+        shown = pixels, fastcolor.lab_to_rgb(flat)[0], change
+        for axis, x in zip(of_row, shown, strict=True):
+            axis.imshow(x.clamp(0, 1).permute(1, 2, 0).numpy(), aspect="auto", interpolation="antialiased")
             axis.set_xticks([])
             axis.set_yticks([])
-        left.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
-    axes[0][0].set_title(f"{title}: row {row} through time, downwards", fontsize=8)
-    axes[0][1].set_title("its chroma × 1.5 at L = 65", fontsize=8)
+        of_row[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
+    titles = f"{title}: row {row} through time, downwards", "its chroma × 1.5 at L = 65", "change of ab: white is 2"
+    for axis, text in zip(axes[0], titles, strict=True):
+        axis.set_title(text, fontsize=8)
     figure.tight_layout(pad=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

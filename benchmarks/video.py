@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.size:
         options.sizes = str(options.size[1])
     if options.quick:
-        options.sizes, options.seconds, options.rounds = options.sizes.split(",")[0], 2.0, 1
+        options.sizes, options.seconds, options.rounds = options.sizes.split(",")[0], min(2.0, options.seconds), 1
     options.keyframes = int(options.keyframes) if options.keyframes.isdecimal() else options.keyframes
     record = timing.machine(options.device, options.commit)
     rows: list[dict] = []

@@ -29,6 +29,7 @@ from fastcolor.yuv import YuvFormat
 # Chosen by benchmarks/flicker.py: docs/video.md has the figures.
 LONGEST, SHORTEST = 12, 3  # frames from keyframe to keyframe, where they are chosen
 CHANGED = 0.06  # share of the picture that the last keyframe does not explain, at which the next one comes
+LOST = 15.0  # L units: a hint that follows is not for things of another lightness than it began with
 SIGMA_TIME = 5.0  # L units: of the frame before in the field
 SETTLE = 3  # passes of the field at the start of a scene, whose first frame has none before it
 
@@ -132,7 +133,6 @@ class VideoColorizer:
         self._ferry = Ferry(colorizer.device)
         self._carried = Graphed(self._carry)
         self._mixes = torch.zeros(0, 2)
-        self._hinted: tuple = (None, None)  # the last hints, and their unary
         self._unary = None
         if control is not None:
             unary = control.unary(colorizer.bins, colorizer.checkpoint.prior, colorizer.options.vividness)
@@ -364,15 +364,14 @@ class VideoColorizer:
             self._take_over(frame)
         trust = None if frame.key else frame.trust
         places = still(frame.guide) if frame.key else frame.places
-        hints = [] if self.control is None else self.control.hints_at(frame.number)
-        same, evidence.hints = hints == evidence.hints, hints
+        unary, same = self._hints(frame)
         evidence.age += 1
         arguments = evidence.scores, self._shares(evidence.age), places, frame.guide
-        if trust is not None and not hints and bond == 0:
+        if trust is not None and unary is None and bond == 0:
             return self._carried(*arguments, trust)
         scores = self._scores_at(*arguments, trust)
-        if hints:  # not carried on: they are for their frames alone
-            scores = scores + self._hints_unary(tuple(hints), *frame.guide.shape[-2:])
+        if unary is not None:  # not carried on: hints are for their frames alone
+            scores = scores + unary
         before = None
         if evidence.shown is not None and same and bond > 0:
             before = tuple(motion.warp(x, frame.flow) for x in (evidence.shown, evidence.guide))
@@ -418,11 +417,27 @@ class VideoColorizer:
         weight = self.options.bond * self.colorizer.field["weight"]
         return self.colorizer.colors(scores, guide, previous=before, weight_time=weight, sigma_time=SIGMA_TIME)
 
-    def _hints_unary(self, hints: tuple[int, ...], height: int, width: int) -> Tensor:
-        if self._hinted[0] != (hints, height, width):
-            unary = hints_unary([self.control.hints[i] for i in hints], height, width, self.colorizer.bins)
-            self._hinted = (hints, height, width), unary.to(self.colorizer.device)
-        return self._hinted[1]
+    def _hints(self, frame: _Frame) -> tuple[Tensor | None, bool]:
+        """The unary of the frame's hints [1, K, h, w], None without any; whether they are those of the frame before."""
+        evidence, control = self._evidence, self.control
+        numbers = [] if control is None else control.hints_at(frame.number)
+        before = dict(zip(evidence.hints, evidence.origins, strict=True))
+        same, evidence.hints, evidence.origins = numbers == evidence.hints, numbers, []
+        if not numbers:
+            return None, same
+        hints, masks = [control.hints[i] for i in numbers], []
+        for i, hint in zip(numbers, hints, strict=True):
+            mask = hint.mask(*frame.guide.shape[-2:]).to(frame.guide.device)
+            origin = torch.cat((still(frame.guide), frame.guide), 1)
+            if hint.follow and i in before:
+                places, first = before[i].split((2, 1), 1)
+                places = motion.read_at(places, still(frame.guide) + frame.flow)
+                seen, light = motion.read_at(torch.cat((mask[None, None].to(first), first), 1), places)[0].unbind(0)
+                mask = (seen > 0.5) & ((frame.guide[0, 0] - light).abs() < LOST)
+                origin = torch.cat((places, first), 1)
+            masks.append(mask)
+            evidence.origins.append(origin)
+        return hints_unary(hints, masks, self.colorizer.bins), same
 
     def _scale(self, frame: _Frame) -> tuple[float, float]:
         """Pixels of the guide to one of the frame."""

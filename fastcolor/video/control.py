@@ -39,6 +39,7 @@ class Hint:
     round: whether the place is the ellipse in the box.
     first, last: numbers of the frames, both included; last None is the end of the film.
     strength: in units of the logits: 20 outweighs whatever the network says, 5 is a suggestion.
+    follow: whether the place goes along with the picture's motion from the first frame on, until a cut.
     """
 
     ab: tuple[float, float]
@@ -47,6 +48,7 @@ class Hint:
     first: int = 0
     last: int | None = None
     strength: float = 20.0
+    follow: bool = False
 
     def at(self, number: int) -> bool:
         return self.first <= number and (self.last is None or number <= self.last)
@@ -121,12 +123,13 @@ class Control:
         return [i for i, hint in enumerate(self.hints) if hint.at(number)]
 
 
-def hints_unary(hints: Sequence[Hint], height: int, width: int, bins: ColorBins) -> Tensor:
-    """What hints add to the scores on a grid over the picture, [1, K, height, width]."""
-    total = torch.zeros(1, bins.count, height, width)
-    for hint in hints:
-        mask = hint.mask(height, width)[None, None]
-        ab = torch.tensor(hint.ab)[None, :, None, None].expand(1, 2, height, width)
+def hints_unary(hints: Sequence[Hint], masks: Sequence[Tensor], bins: ColorBins) -> Tensor:
+    """What hints add to the scores, [1, K, h, w], where their masks are, bool [h, w]."""
+    height, width = masks[0].shape
+    total = torch.zeros(1, bins.count, height, width, device=masks[0].device)
+    for hint, mask in zip(hints, masks, strict=True):
+        mask = mask[None, None]
+        ab = torch.tensor(hint.ab, device=mask.device)[None, :, None, None].expand(1, 2, height, width)
         total = torch.where(mask, hint_unary(ab, mask, bins, strength=hint.strength), total)
     return total
 
@@ -177,8 +180,8 @@ def read_hints(path: str | Path) -> tuple[Hint, ...]:
 
     "size" is the width and height of the picture that x, y, radius and box count in; without it they are shares of
     width and height, 0 to 1. "color" is #rrggbb, of which the lightness is not used, or "ab"
-    says a and b. "frames" are the first and the last, from 0, the last null for the end; without it, all. "radius" and
-    "strength" (see `Hint`) may be left out.
+    says a and b. "frames" are the first and the last, from 0, the last null for the end; without it, all. "radius",
+    "strength" and "follow" (see `Hint`) may be left out.
 
     Raises:
         ControlError: naming the file, the hint and what was expected.
@@ -197,7 +200,7 @@ def read_hints(path: str | Path) -> tuple[Hint, ...]:
 
 def _hint(entry, path: Path, where: str, width: float, height: float) -> Hint:
     _check(isinstance(entry, dict), path, where, "an object", entry)
-    _known(entry, ("x", "y", "radius", "box", "color", "ab", "frames", "strength"), path, where)
+    _known(entry, ("x", "y", "radius", "box", "color", "ab", "frames", "strength", "follow"), path, where)
     if ("box" in entry) == ("x" in entry or "y" in entry):
         raise ControlError(f"{path}: {where} must have either x and y, or box")
     if "box" in entry:
@@ -233,7 +236,9 @@ def _hint(entry, path: Path, where: str, width: float, height: float) -> Hint:
         strength,
     )
     share = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
-    return Hint(ab, share, "box" not in entry, frames[0], frames[1], float(strength))
+    follow = entry.get("follow", False)
+    _check(isinstance(follow, bool), path, f"{where}.follow", "true or false", follow)
+    return Hint(ab, share, "box" not in entry, frames[0], frames[1], float(strength), follow)
 
 
 def read_palette(path: str | Path) -> tuple[tuple[float, float], ...]:

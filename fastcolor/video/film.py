@@ -414,7 +414,7 @@ class _Film:
         if ended.why:
             summary.broken_off = f"{reader.label}: ends at {clock(at)}: {ended.why}"
             return
-        missing = reader.missing(max(at, copier.end if copier is not None else 0.0))
+        missing = reader.missing(at, copier.end if copier is not None and not copier.left_out else None)
         if missing:
             early = f"{missing:.1f} s before the end that its header gives"
             summary.broken_off = f"{reader.label}: is cut off: ends at {clock(at)}, {early}"

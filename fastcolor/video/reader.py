@@ -366,17 +366,34 @@ class Reader:
         self.container = self._open()
         self.stream = self._choose_stream()
 
-    def missing(self, reached: float) -> float:
-        """Seconds between `reached` and the end that the file's header gives; 0 where it gives none.
+    def missing(self, film_end: float, others_end: float | None) -> float:
+        """Seconds between what was read and the end that the file's header gives; 0 where it gives none.
 
         Args:
-            reached: seconds where the last packet of any stream ends.
+            film_end: seconds where the last frame ends.
+            others_end: where the last packet of all other streams ends; None where not all were read, so that only
+                what the header says of the film's own stream counts.
         """
         known = set(self.container.format.name.split(",")) & _WITH_DURATION
-        if not known or not self.container.duration or self.end is not None:
+        if not known or self.end is not None:
             return 0.0
-        end = (self.container.duration + (self.container.start_time or 0)) / av.time_base - float(self.offset)
-        return end - reached if end - reached > max(_SHORT, 2 / float(self.info.rate)) else 0.0
+        if others_end is None:
+            length = self._own_duration()
+            start = self.stream.start_time * self.stream.time_base if self.stream.start_time else 0
+            reached = film_end
+        else:
+            length = self.container.duration and self.container.duration / av.time_base
+            start, reached = (self.container.start_time or 0) / av.time_base, max(film_end, others_end)
+        if not length:
+            return 0.0
+        missing = float(start) + length - float(self.offset) - reached
+        return missing if missing > max(_SHORT, 2 / float(self.info.rate)) else 0.0
+
+    def _own_duration(self) -> float | None:
+        if self.stream.duration:
+            return float(self.stream.duration * self.stream.time_base)
+        match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", self.stream.metadata.get("DURATION", ""))  # Matroska
+        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
     def close(self) -> None:
         self.container.close()

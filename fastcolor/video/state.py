@@ -40,6 +40,8 @@ class Evidence:
     shown: Tensor | None = None  # [1, 2, h, w] ab of the frame before
     guide: Tensor | None = None  # [1, 1, h, w] of the frame before
     hints: list[int] = field(default_factory=list)  # those of the frame before
+    # [1, 3, h, w] each: places in the hint's first frame, and the guide of that frame
+    origins: list[Tensor] = field(default_factory=list)
 
 
 def evidence_of(old: Tensor, new: Tensor, guide: Tensor) -> Tensor:

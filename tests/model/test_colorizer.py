@@ -184,3 +184,19 @@ def test_bundled_weights_colour_a_path(tmp_path):
     rgb = fastcolor.Colorizer.from_pretrained("cpu").colorize(tmp_path / "grey.png")
     assert rgb.shape == (128, 160, 3) and np.ptp(rgb.astype(int), axis=2).max() > 3
     assert BUNDLED.stat().st_size < 25e6
+
+
+@pytest.mark.parametrize("head", ["distribution", "regression"])
+def test_predict_in_two_steps(head):
+    colorizer = Colorizer(checkpoint(head), "cpu", saturation=1.5)
+    L = 100 * torch.rand(2, 1, 24, 32)
+    ab, guide = colorizer.predict(L)
+    scores, same = colorizer.scores(L)
+    assert torch.equal(guide, same) and torch.equal(ab, 1.5 * colorizer.colors(scores, guide))
+
+
+def test_scores_take_another_unary():
+    plain, vivid = (Colorizer(checkpoint(), "cpu", vividness=v) for v in (0.0, 0.5))
+    L, unary = 100 * torch.rand(1, 1, 24, 32), torch.rand(1, 313, 1, 1)
+    assert torch.equal(vivid.scores(L, unary)[0], plain.scores(L)[0] + unary)
+    assert not torch.equal(vivid.scores(L)[0], plain.scores(L)[0])

@@ -47,6 +47,7 @@ def make_clip(
     tags: tuple[int, int, int, int] | None = None,  # range, matrix, primaries, transfer
     options: dict[str, str] | None = None,
     interlaced: bool = False,
+    sound_longer: float = 0.0,  # seconds
     subtitle: bool = False,
     tick: Fraction | None = None,
 ) -> Path:
@@ -99,7 +100,7 @@ def make_clip(
         packets += stream.encode(None)
         if sound is not None:
             sound_format = sound.codec_context.format.name
-            length = float(times[-1] * TICK) + 0.05
+            length = float(times[-1] * TICK) + 0.05 + sound_longer
             wave = (np.sin(np.arange(int(48000 * length)) / 20) * 8000).astype(np.int16)[None]
             resample = av.AudioResampler(format=sound_format, layout="mono", rate=48000,
                                          frame_size=sound.codec_context.frame_size or 1024)  # fmt: skip

@@ -39,14 +39,14 @@ def test_hints(tmp_path):
         "size": [200, 100],
         "hints": [
             {"x": 50, "y": 50, "radius": 10, "color": "#ff0000", "frames": [3, 9]},
-            {"box": [0, 0, 200, 50], "ab": [-5, -30.5], "strength": 5},
+            {"box": [0, 0, 200, 50], "ab": [-5, -30.5], "strength": 5, "follow": True},
             {"x": 0, "y": 100, "color": "ff0000", "frames": [4, None]},
         ],
     })  # fmt: skip
     point, box, corner = read_hints(path)
     assert point.ab == pytest.approx(RED[1:], abs=0.01) and point.round and point.strength == 20
     assert point.box == pytest.approx((0.2, 0.4, 0.3, 0.6)) and [point.at(n) for n in (2, 3, 9, 10)] == [0, 1, 1, 0]
-    assert box == Hint((-5.0, -30.5), (0, 0, 1, 0.5), False, 0, None, 5.0)
+    assert box == Hint((-5.0, -30.5), (0, 0, 1, 0.5), False, 0, None, 5.0, True)
     assert corner.at(10**6) and not corner.at(3) and corner.mask(4, 5).nonzero().tolist() == [[3, 0]]
 
 
@@ -64,7 +64,7 @@ def test_mask():
 
 def test_hints_unary_is_that_of_the_package():
     hints = [Hint((60.0, 40.0), (0, 0, 0.5, 1), round=False), Hint((-30.0, 10.0), (0, 0, 1, 0.25), False, strength=5.0)]
-    unary = hints_unary(hints, 4, 6, JOINT)
+    unary = hints_unary(hints, [hint.mask(4, 6) for hint in hints], JOINT)
     assert unary.shape == (1, 313, 4, 6)
     assert unary[0, :, 3, 0].argmax() == JOINT.nearest(torch.tensor([60.0, 40.0]))[0].item()
     assert unary[0, :, 0, 0].max() == pytest.approx(5)  # the later one goes over the earlier one
@@ -91,6 +91,7 @@ def test_hints_unary_is_that_of_the_package():
         ({"hints": [{"x": 0, "y": 0, "ab": [0, 0], "frames": [5, 4]}]}, r"hints\[0\]\.frames must be \[first, last\]"),
         ({"hints": [{"x": 0, "y": 0, "ab": [0, 0], "frames": 5}]}, r"hints\[0\]\.frames must be \[first, last\]"),
         ({"hints": [{"x": 0, "y": 0, "ab": [0, 0]}, {"x": 0, "y": 0, "ab": [0, 0], "strength": -1}]}, r"hints\[1\]\.s"),
+        ({"hints": [{"x": 0, "y": 0, "ab": [0, 0], "follow": 1}]}, r"hints\[0\]\.follow must be true or false, got 1"),
         ({"hints": [{"x": 0, "y": 0, "ab": [0, 0], "frame": 5}]}, r"hints\[0\] has 'frame', known are x, y"),
     ],
 )  # fmt: skip

@@ -454,6 +454,17 @@ def test_truncated_film(tmp_path, suffix):
     assert re.match(r".*: is cut off: ends at 0:00:0[12]\.\d, [12]\.\d s before the end", summary.broken_off)
     assert 30 < summary.frames < 70 and len(luma_planes(tmp_path / f"out{suffix}")) == summary.frames
     assert not summary.stopped and not (tmp_path / f"out{suffix}.parts").exists()
+    if suffix == ".mp4":  # the same by the film's own stream, where the others are not read
+        assert "is cut off: ends at" in run(clip, tmp_path / "images/%d.png").broken_off
+
+
+def test_film_whose_sound_goes_on_is_whole(tmp_path):
+    """Also where the sound is left out, so that nothing is read as long as the header says."""
+    clip = make_clip(tmp_path / "in.mkv", times=steady(30), audio="pcm_s16le", sound_longer=5.0)
+    for target, options in (("out.mkv", FFV1), ("out.webm", {"codec": "libvpx-vp9"}), ("images/%d.png", {})):
+        assert run(clip, tmp_path / target, **options).broken_off is None
+    with av.open(str(tmp_path / "out.mkv")) as film:
+        assert film.duration / av.time_base > 6
 
 
 def test_size_changes_midway(tmp_path):

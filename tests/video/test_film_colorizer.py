@@ -235,6 +235,26 @@ def test_hints_count_by_the_films_frames(colorizer):
     assert [t for t, x in enumerate(moved) if x > 20] == [2]
 
 
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_hints_follow_the_picture(colorizer, lookahead):
+    """Of a pan to the right the hint goes to the left, also in a film that goes on from a state."""
+    frames = film(11)
+    plain, _ = colored(colorizer, frames, lookahead=lookahead)
+    where = {}
+    for follow in (False, True):
+        control = hint(first=2, last=None, box=(0.6, 0.3, 0.8, 0.6), follow=follow)
+        options = VideoOptions(lookahead=lookahead)
+        first, second = (VideoColorizer(colorizer, options=options, control=control) for _ in range(2))
+        planes = [p for frame in frames[:5] for p in first.push(frame)] + first.flush()
+        second.load_state_dict(first.state_dict())
+        planes += [p for frame in frames[5:] for p in second.push(frame)] + second.flush()
+        assert apart(planes[:2], plain[:2]) <= 1
+        gain = (planes[10][1].float() - plain[10][1].float()).clamp_min(0)  # more Cr: red
+        where[follow] = float((gain * torch.arange(32.0)).sum() / gain.sum())
+    assert where[False] == pytest.approx(22.4, abs=2)
+    assert where[True] == pytest.approx(22.4 - 8, abs=2.5)  # 16 pixels in eight frames are 8 chroma samples
+
+
 def test_saturation_is_no_state(colorizer):
     """The field works on what was meant, not on what was shown."""
     pale, _ = colored(colorizer.with_options(saturation=0.0), film(5))

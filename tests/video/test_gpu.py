@@ -7,6 +7,7 @@ from films import luma, tiny
 from fastcolor.model.colorizer import Colorizer
 from fastcolor.video.colorizer import VideoColorizer, VideoOptions
 from fastcolor.video.gpu import Ferry, Graphed
+from fastcolor.video.state import evidence_of, still
 
 CPU = torch.device("cpu")
 
@@ -91,6 +92,8 @@ def test_graph_is_the_function(caplog):
             inputs[3] += 1
             assert torch.allclose(graphed(*inputs), video._carry(*inputs), atol=1e-3)
     assert graphed._graph is not None, caplog.text
-    smaller = [inputs[0][:, : 4 * 5], inputs[1], *(x[..., :4, :5] for x in inputs[2:])]
+    guide = inputs[3][..., :4, :5].clone()
+    rows = torch.rand(20, inputs[0].shape[1], device="cuda")
+    smaller = [evidence_of(rows, rows + 1, guide), inputs[1], still(guide), guide, torch.rand_like(guide)]
     with torch.inference_mode():  # another film: captured anew
         assert torch.allclose(graphed(*smaller), video._carry(*smaller), atol=1e-3)
