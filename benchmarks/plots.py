@@ -68,9 +68,13 @@ def intensities(runs: list[Run], device: str) -> list[dict]:
 
 
 def roofline(runs: list[Run], device: str, pyplot):
-    points = intensities(runs, device)
-    limited = [r.data["limits"] for r in runs if r.device == device and "limits" in r.data]
-    if not points or not limited:
+    known = [r for r in runs if r.device == device and "limits" in r.data]
+    if not known:
+        return None
+    latest = max(known, key=lambda r: r.data["date"])
+    known = [r for r in known if r.machine == latest.machine]  # one roof for one machine
+    points, limited = intensities(known, device), [r.data["limits"] for r in known]
+    if not points:
         return None
     copy = max(limit["copy_GB_per_s"] for limit in limited)
     product = {k: max(limit[f"{k}_TFLOP_per_s"] for limit in limited) * 1e3 for k in ("float32", "bfloat16")}
@@ -86,8 +90,8 @@ def roofline(runs: list[Run], device: str, pyplot):
         axes.annotate(p["name"], (p["x"], p["y"]), xytext=(5, -3 + 7 * (i % 2)), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations a byte (by the definition)")
     axes.set_ylabel("GFLOP/s")
-    hardware = next(r.hardware for r in runs if r.device == device)
-    return figure, f"Roofline: the best of ours for each operation at its largest size, below what {hardware} can do"
+    what = "the best of ours for each operation at its largest size"
+    return figure, f"Roofline: {what}, below what {latest.hardware} can do"
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
