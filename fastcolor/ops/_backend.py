@@ -185,6 +185,9 @@ def _choose(op: str, device: torch.device, wished: tuple[str, ...]) -> Choice:
     raise BackendError("; ".join(reasons))
 
 
+FLOAT64 = "float64 is computed on the reference"  # as documented: no fallback that the log has to tell of
+
+
 def left_to_reference(op: str, device: torch.device, why: str) -> None:
     """The reference takes what kernels do not: an error where others were asked for, a word in the log where none was.
 
@@ -194,7 +197,7 @@ def left_to_reference(op: str, device: torch.device, why: str) -> None:
     wished = forced()
     if wished and "reference" not in wished:
         raise BackendError(f"{op} cannot run on backend {wished[0]!r}: {why} (ask for '{wished[0]},reference')")
-    if not wished and not torch.compiler.is_compiling():
+    if not wished and why != FLOAT64 and not torch.compiler.is_compiling():
         say_once(op, device.type, why)
 
 

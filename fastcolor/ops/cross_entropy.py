@@ -99,7 +99,9 @@ def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
 
 def _left_to_reference(logits: Tensor, neighbors: int) -> bool:
     """Whether kernels do not take this; an error where a backend was asked for that is one of them."""
-    if logits.dtype not in STORAGE:
+    if logits.dtype == torch.float64:
+        why = _backend.FLOAT64
+    elif logits.dtype not in STORAGE:
         why = f"{logits.dtype} is computed on the reference"
     elif neighbors > _MOST_NEIGHBORS:
         why = f"kernels take up to {_MOST_NEIGHBORS} neighbors, got {neighbors}"

@@ -225,7 +225,7 @@ def _on_reference(op: str, tensor: Tensor, *types: torch.dtype) -> bool:
     if tensor.device.type not in ("cpu", "cuda") or _backend.forced()[:1] == ("reference",):
         return True
     if torch.float64 in types:
-        _backend.left_to_reference(op, tensor.device, "float64 is computed on the reference")
+        _backend.left_to_reference(op, tensor.device, _backend.FLOAT64)
     return torch.float64 in types
 
 

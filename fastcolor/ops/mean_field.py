@@ -211,7 +211,7 @@ def _chosen(device: torch.device, forced: tuple[str, ...]) -> str:
 def _left_to_reference(logits: Tensor, columns: int) -> bool:
     """Whether kernels do not take this; an error where a backend was asked for that is one of them."""
     if logits.dtype == torch.float64:
-        why = "float64 is computed on the reference"
+        why = _backend.FLOAT64
     elif columns > _MOST_COLUMNS:
         why = f"the similarity has {columns} columns, kernels take up to {_MOST_COLUMNS}: see label_factors"
     else:

@@ -315,7 +315,7 @@ def _on_reference(op: str, dtype: torch.dtype, *tensors: Tensor) -> bool:
     if device.type not in ("cpu", "cuda") or _backend.forced()[:1] == ("reference",):
         return True
     if dtype == torch.float64 or any(t.dtype == torch.float64 for t in tensors):
-        why = "float64 is computed on the reference"
+        why = _backend.FLOAT64
     elif dtype.is_floating_point and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         why = "gradients are computed on the reference; torch.no_grad() does without"
     else:

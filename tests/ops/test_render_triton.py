@@ -13,6 +13,7 @@ from test_render import (  # noqa: F401, they are collected here too
     test_luma_rows_that_lie_apart,
     test_matches_float64,
     test_nan,
+    test_nan_in_guide_or_chroma,
     test_opcheck,
     test_other_inputs,
     test_types_of_numbers,
