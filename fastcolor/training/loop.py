@@ -115,10 +115,18 @@ def _tell_start(run: Run, data: str) -> None:
     remove_halves(run.out)
     write_json(run.out / CONFIG, {"data": data, **asdict(run.config), "resume": "no"})
     facts = {
-        "processes": run.team.world, "device": str(run.device), "seed": run.config.seed, "data": data,
-        "fingerprint": photos.fingerprint, "train": len(photos.train), "val": len(photos.val),
-        "classes": len(photos.classes), "left_out": run.problems.counts(), "epoch": run.progress.epoch, "step": run.progress.step,
-    }  # fmt: skip
+        "processes": run.team.world,
+        "device": str(run.device),
+        "seed": run.config.seed,
+        "data": data,
+        "fingerprint": photos.fingerprint,
+        "train": len(photos.train),
+        "val": len(photos.val),
+        "classes": len(photos.classes),
+        "left_out": run.problems.counts(),
+        "epoch": run.progress.epoch,
+        "step": run.progress.step,
+    }
     record_start(run.out, facts)
 
 
