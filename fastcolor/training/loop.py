@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -17,8 +16,8 @@ from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import Problems
 from fastcolor.training.distributed import team
 from fastcolor.training.report import Reporter, Silent, Stop, stop_on_signals
-from fastcolor.training.run import NAMED, Run, named
-from fastcolor.training.state import CONFIG, HISTORY, LEFT_OUT, record_start, remove_halves, write_json
+from fastcolor.training.run import Run
+from fastcolor.training.state import CONFIG, HISTORY, record_start, remove_halves, write_json
 
 
 @dataclass
@@ -104,16 +103,9 @@ def _drive(run: Run, data: str) -> Result:
 
 def _tell_start(run: Run, data: str) -> None:
     """What is known before the first step, said and written."""
-    reporter, photos, problems = run.reporter, run.photos, run.problems
+    reporter, photos = run.reporter, run.photos
     if not run.team.lead:
         return
-    counts = problems.counts()
-    if counts:
-        reporter.say(f"left out: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")
-        for path, why in islice(problems.reasons.items(), NAMED):
-            reporter.say(f"  {named(path, why)}")
-        if len(problems.reasons) > NAMED:
-            reporter.say(f"  ... {run.out / LEFT_OUT} names all of them after the first epoch")
     if photos.classes and run.config.task == "color":
         names = ", ".join([*photos.classes[:3], *(["..."] if len(photos.classes) > 3 else [])])
         reporter.say(
@@ -123,10 +115,18 @@ def _tell_start(run: Run, data: str) -> None:
     remove_halves(run.out)
     write_json(run.out / CONFIG, {"data": data, **asdict(run.config), "resume": "no"})
     facts = {
-        "processes": run.team.world, "device": str(run.device), "seed": run.config.seed, "data": data,
-        "fingerprint": photos.fingerprint, "train": len(photos.train), "val": len(photos.val),
-        "classes": len(photos.classes), "left_out": counts, "epoch": run.progress.epoch, "step": run.progress.step,
-    }  # fmt: skip
+        "processes": run.team.world,
+        "device": str(run.device),
+        "seed": run.config.seed,
+        "data": data,
+        "fingerprint": photos.fingerprint,
+        "train": len(photos.train),
+        "val": len(photos.val),
+        "classes": len(photos.classes),
+        "left_out": run.problems.counts(),
+        "epoch": run.progress.epoch,
+        "step": run.progress.step,
+    }
     record_start(run.out, facts)
 
 

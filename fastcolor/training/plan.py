@@ -21,8 +21,8 @@ def dry_run(data: str | Path, config: TrainConfig, reporter: Reporter) -> None:
     photos, say = run.photos, reporter.say
     say(f"model: {_model_words(run)}, {count_parameters(run.task) / 1e6:.2f} M parameters")
     say(f"data: {len(photos.train)} to train on, {len(photos.val)} to check with, {len(photos.classes)} classes")
-    counts = ", ".join(f"{n} {kind}" for kind, n in run.problems.counts().items())
-    say(f"left out: {counts or 'none'} (by their headers; pixels are looked at when they are needed)")
+    if not run.problems.reasons:
+        say("left out: none by their headers (pixels are looked at when they are needed)")
     say(f"steps: {run.steps_per_epoch} an epoch, {run.steps_per_epoch * config.epochs} in all")
     run.task.train()
     need = memory.step_need(run.task, config.size, run.device)

@@ -75,6 +75,7 @@ class Run:
             torch.cuda.set_device(self.device)
         self.problems, self._said = Problems(), 0
         self.photos = team.share(lambda: self._gather(data))
+        self._tell_left_out()
         self._load_data()
 
         seed_everything(config.seed)
@@ -155,6 +156,16 @@ class Run:
             data, config.val_share, config.seed, classes, grey, self.problems, self.reporter.stage,
             self.reporter.advance,
         )  # fmt: skip
+
+    def _tell_left_out(self) -> None:
+        """What the headers said."""
+        reasons = self.problems.reasons
+        if reasons:
+            self.reporter.say(f"left out: {', '.join(f'{n} {kind}' for kind, n in self.problems.counts().items())}")
+        for path, why in islice(reasons.items(), NAMED):
+            self.reporter.say(f"  {named(path, why)}")
+        if len(reasons) > NAMED:
+            self.reporter.say(f"  ... {self.out / LEFT_OUT} names all of them after the first epoch")
 
     def _load_data(self) -> None:
         config, photos, team = self.config, self.photos, self.team
