@@ -225,7 +225,7 @@ class _Film:
                     self._join(parts, form, copier)
                 else:
                     sink.finish()
-            except OSError as error:  # a full disk, mostly
+            except (OSError, av.FFmpegError) as error:  # a full disk, mostly
                 raise VideoError(self._failed(error, parts)) from error
             finally:
                 sink.discard()
@@ -250,6 +250,8 @@ class _Film:
             raise VideoError(f"--resume: {self.source} cannot be read a second time")
         if target.is_dir():
             raise VideoError(f"{target}: is a folder, expected the name of a film")
+        if target.exists() and not target.is_file():  # it would be replaced, with --overwrite
+            raise VideoError(f"{target}: is no ordinary file; for a pipe there is --out -")
         if self.source != STREAM and target.exists() and Path(self.source).exists() and target.samefile(self.source):
             raise VideoError(f"{target}: is the film itself; give another --out")
         if target.exists() and not overwrite and not (resume and parts_folder(target).is_dir()):
@@ -259,9 +261,13 @@ class _Film:
     def _check_container(self, form: str, encoding: Encoding) -> None:
         trial = av.open(io.BytesIO(), "w", format=form)
         try:
-            trial.add_stream(encoding.codec)
-        except ValueError as error:
+            add_film(trial, encoding)
+            trial.start_encoding()  # some say so in their header alone
+        except (av.FFmpegError, ValueError, OSError) as error:
             raise VideoError(f"{self.target}: {form} cannot hold {encoding.codec}; .mkv holds any") from error
+        finally:
+            with suppress(av.FFmpegError, OSError):  # nothing was written into it
+                trial.close()
 
     def _recipe(self) -> dict[str, Any]:
         options = asdict(self.options)
@@ -386,8 +392,8 @@ class _Film:
         if whole:
             parts.remove()
 
-    def _failed(self, error: OSError, parts: Parts | None) -> str:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+    def _failed(self, error: OSError | av.FFmpegError, parts: Parts | None) -> str:
+        reason = error.strerror or str(error)
         kept = ""
         if parts is not None and parts.parts:
             kept = f"; {parts.frames} finished frames are kept in {parts.folder}, --resume goes on with them"

@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.format import Flags as FormatFlags
 from av.stream import Disposition
 from torch import Tensor
 
@@ -313,8 +314,12 @@ def format_of(target: str, asked: str | None = None) -> str:
         VideoError: FFmpeg knows none of that suffix, or it holds no film.
     """
     if asked is not None:
-        if asked not in av.formats_available:
-            raise VideoError(f"--format {asked}: this FFmpeg has no such container")
+        try:
+            form = av.ContainerFormat(asked, "w")
+        except ValueError as error:
+            raise VideoError(f"--format {asked}: this FFmpeg writes no such container") from error
+        if form.flags & FormatFlags.no_file.value:
+            raise VideoError(f"--format {asked}: makes no file by itself")
         return asked
     if target == STREAM:
         return "matroska"

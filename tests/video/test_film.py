@@ -436,6 +436,23 @@ def test_codecs_that_cannot_be(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.mkv"]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("out.mov", {"codec": "libsvtav1"}, "mov cannot hold libsvtav1"),  # which its header alone says
+        ("out.ogv", {}, "ogv cannot hold libx264"),
+        ("out.mkv", {"format": "concat"}, "--format concat: this FFmpeg writes no such container"),
+        ("out.mkv", {"format": "hls"}, "--format hls: makes no file by itself"),
+    ],
+)
+def test_containers_that_cannot_be(tmp_path, name, options, message):
+    """They are refused before any work."""
+    clip = make_clip(tmp_path / "in.mkv", times=steady(3))
+    with pytest.raises(VideoError, match=re.escape(message)):
+        run(clip, tmp_path / name, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.mkv"]
+
+
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_truncated_film(tmp_path, suffix):
     codec, options = ("libx264", {"movflags": "faststart"}) if suffix == ".mp4" else ("ffv1", None)
@@ -516,6 +533,9 @@ def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "folder.mkv").mkdir()
     with pytest.raises(VideoError, match="is a folder"):
         run(clip, tmp_path / "folder.mkv")
+    os.mkfifo(tmp_path / "pipe.mkv")
+    with pytest.raises(VideoError, match="is no ordinary file"):
+        run(clip, tmp_path / "pipe.mkv", overwrite=True)
     (tmp_path / "out.mkv.parts").mkdir()
     (tmp_path / "out.mkv.parts" / "mine.txt").write_text("")
     with pytest.raises(VideoError, match=r"is there with mine\.txt, which is not of a run; it is in the way"):
