@@ -56,14 +56,20 @@ class Pipeline:
             or failed.
         """
         late = None
-        while any(thread.is_alive() for thread in self._threads):
+        try:
+            while any(thread.is_alive() for thread in self._threads):
+                for thread in self._threads:
+                    thread.join(0.05)  # in pieces: a signal is seen in between
+                writers = any(t.is_alive() and t.name != "read" for t in self._threads)
+                if not writers and (self.error is not None or stop.is_set()):
+                    late = time.monotonic() if late is None else late
+                    if time.monotonic() - late > HANGS:
+                        break
+        except BaseException as error:  # a second Ctrl-C: nothing may be closed under a thread that writes
+            self.fail(error)
             for thread in self._threads:
-                thread.join(0.05)  # in pieces: a signal is seen in between
-            writers = any(t.is_alive() and t.name != "read" for t in self._threads)
-            if not writers and (self.error is not None or stop.is_set()):
-                late = time.monotonic() if late is None else late
-                if time.monotonic() - late > HANGS:
-                    break
+                thread.join(HANGS)
+            raise
         if self.error is not None:
             raise self.error
         return not any(thread.is_alive() for thread in self._threads)

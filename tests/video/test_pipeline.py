@@ -65,3 +65,30 @@ def test_reader_that_hangs_is_left_behind_when_stopped(monkeypatch):
     assert got == [1]
     assert line.finish(stop) is False and line.busy("read")
     never.set()
+
+
+def test_giving_up_waits_for_the_writer(monkeypatch):
+    """What it writes to is closed next."""
+    line, stop = Pipeline(), threading.Event()
+    channel, began, written = Channel(line, 9), threading.Event(), []
+
+    def write():
+        for item in channel.items():
+            began.set()
+            threading.Event().wait(0.3)
+            written.append(item)
+
+    class Interrupted(threading.Thread):
+        def join(self, timeout=None):
+            if line.error is None:
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    monkeypatch.setattr(pipeline.threading, "Thread", Interrupted)
+    line.start("write", write)
+    for i in range(9):
+        channel.put(i)
+    assert began.wait(10)
+    with pytest.raises(KeyboardInterrupt):
+        line.finish(stop)
+    assert not line.busy("write") and len(written) < 9
