@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -271,8 +273,10 @@ class Reader:
                 continue
             if self.until is not None and (pts + shift) * tick >= self.until:
                 return
-            if after is not None and pts <= after:
-                continue
+            if after is not None:
+                if pts <= after:
+                    continue
+                last, after = after, None  # from here on as in one run: clocks may go back
             if last is not None and pts <= last:
                 pts, self.ended.moved = last + 1, self.ended.moved + 1
             if not duration:
@@ -283,7 +287,7 @@ class Reader:
             if kind != self._kind:
                 self.ended.why = (
                     f"the picture changes from {_kind(self._kind)} to {_kind(kind)}, and a film has one size here; "
-                    f"colour the rest by itself with --start {float((pts + shift) * tick - self.offset):.3f}"
+                    f"colour the rest by itself with --start {self._start_of((pts + shift) * tick)}"
                 )
                 self.ended.at = float(pts * tick)
                 return
@@ -294,6 +298,10 @@ class Reader:
             self.ended.at = float((pts + duration) * tick)
             self.seconds += time.perf_counter() - since
             yield picture
+
+    def _start_of(self, at: Fraction) -> str:
+        """A time on the film's own clock as `start` counts it, not later than it."""
+        return f"{math.floor((at - Fraction(self.container.start_time or 0, av.time_base)) * 1000) / 1000:.3f}"
 
     def _learn(self, frame: av.VideoFrame) -> None:
         """What the first frame says of all."""
@@ -330,6 +338,8 @@ class Reader:
                 break
             except (av.FFmpegError, OSError) as error:
                 self.ended.why = f"reading failed there: {getattr(error, 'strerror', None) or error}"
+                with suppress(av.FFmpegError):
+                    yield from stream.codec_context.decode(None)  # what the decoder holds back
                 return
             if packet.stream.index != stream.index:
                 if packet.size:
@@ -481,7 +491,7 @@ def _first_number(pattern: str) -> int:
 
 # --- luma -------------------------------------------------------------------------------------------------------------
 
-_HIGH_BITS = {"p010le": 6, "p210le": 6, "p410le": 6, "p012le": 4, "p212le": 4, "p412le": 4}  # samples are shifted up
+_HIGH_BITS = {"p010": 6, "p210": 6, "p410": 6, "p012": 4, "p212": 4, "p412": 4}  # samples are shifted up
 _OTHER = {"monow": "gray", "monob": "gray", "pal8": "rgb24", "grayf32le": "gray16le", "grayf32be": "gray16le"}
 
 
@@ -511,7 +521,7 @@ def read_luma(frame: av.VideoFrame, colours: Colours) -> Tensor:
     if not form.is_planar and len(form.components) > 1:  # packed: 4:2:2 in one plane, and the like
         frame = frame.reformat(format="yuv444p" + ("" if bits == 8 else f"{bits}le"))
     plane = _as_native(_plane(frame, 0, bits))
-    shift = _HIGH_BITS.get(name)
+    shift = _HIGH_BITS.get(name[:4])
     return torch.from_numpy(plane >> shift if shift else plane)
 
 

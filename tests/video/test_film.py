@@ -485,14 +485,19 @@ def test_film_whose_sound_goes_on_is_whole(tmp_path):
 
 
 def test_size_changes_midway(tmp_path):
-    pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=size, audio=None, times=steady(24))
+    pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=size, audio=None,
+                        times=steady(48)[24 * i : 24 * i + 24])
               for i, size in enumerate([(64, 48), (96, 64)])]  # fmt: skip
     both = tmp_path / "in.ts"
     both.write_bytes(b"".join(p.read_bytes() for p in pieces))
     summary = run(both, tmp_path / "out.mkv", **FFV1)
     assert "the picture changes from 64×48, 8 bits to 96×64, 8 bits" in summary.broken_off
-    assert "--start" in summary.broken_off
     assert len(luma_planes(tmp_path / "out.mkv")) == summary.frames > 20
+    # the advice holds, also in a part of the film
+    for begin in (None, 0.25):
+        told = run(both, tmp_path / "out.mkv", start=begin, overwrite=True, **FFV1).broken_off
+        rest = run(both, tmp_path / "rest.mkv", start=float(told.split("--start ")[1]), overwrite=True, **FFV1)
+        assert rest.broken_off is None and rest.frames == 24
 
 
 def test_full_disk_keeps_finished_segments(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import islice
 
 import av
 import numpy as np
@@ -31,6 +32,7 @@ def frame_of(luma: np.ndarray, name: str) -> av.VideoFrame:
         ("nv12", "yuv420p", 8), ("p010le", "yuv420p10le", 10), ("yuyv422", "yuv422p", 8), ("uyvy422", "yuv422p", 8),
         ("yuv420p10be", "yuv420p10le", 10), ("gray16be", "gray16le", 16), ("yuva420p", "yuv420p", 8),
         ("yuvj420p", "yuvj420p", 8), ("yuv410p", "yuv410p", 8), ("gray9le", "gray9le", 9),
+        ("p010be", "yuv420p10le", 10),
     ],
 )  # fmt: skip
 def test_luma_is_as_decoded(name, planar, bits):
@@ -84,6 +86,46 @@ def test_goes_on_after_any_frame(tmp_path, suffix):
             assert all(torch.equal(p.luma, luma) for p, (_, _, luma) in zip(rest, whole[after + 1 :], strict=True))
         counted = list(reader.frames(skip=150))
         assert [p.pts for p in counted] == [t for t, _, _ in whole[150:]]
+
+
+def test_clock_that_goes_back_after_a_resume(tmp_path):
+    """Frames are then stamped as in one go, and none is lost."""
+    clip = make_clip(tmp_path / "in.nut", times=steady(40), audio=None)
+    with Reader(str(clip)) as reader:
+        decoded = reader._decoded
+
+        def back():
+            for i, frame in enumerate(decoded()):
+                frame.pts -= (i >= 30) * round(0.75 / reader.stream.time_base)
+                yield frame
+
+        reader._decoded = back
+        whole = [p.pts for p in reader.frames(after=-1)]
+        assert len(whole) == 40 and reader.ended.moved > 0
+        assert [p.pts for p in reader.frames(after=whole[25])] == whole[26:]
+
+
+def test_what_the_decoder_holds_comes_before_a_failure(tmp_path, monkeypatch):
+    clip = make_clip(tmp_path / "in.mkv", times=steady(40), codec="libx264", options={"bf": "3", "g": "40"}, audio=None)
+
+    class Failing:
+        """A container that cannot be read any further after 30 packets."""
+
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def demux(self, *streams):
+            yield from islice(self.container.demux(*streams), 30)
+            raise av.error.OSError(5, "Input/output error")
+
+    opened = Reader._open
+    monkeypatch.setattr(Reader, "_open", lambda reader: Failing(opened(reader)))
+    with Reader(str(clip)) as reader:
+        assert len(list(reader.frames())) == 30
+        assert reader.ended.why == "reading failed there: Input/output error"
 
 
 def test_packets_of_other_streams_come_along(tmp_path):
