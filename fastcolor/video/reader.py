@@ -433,8 +433,14 @@ class Deinterlacer:
 
     def __init__(self):
         self._graph: av.filter.Graph | None = None
+        self._kind: tuple | None = None
 
     def __call__(self, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+        kind = self._kind if frame is None else (frame.width, frame.height, frame.format.name)
+        if self._graph is not None and kind != self._kind:  # a graph is for one kind of frames: it would cut them
+            yield from self(None)
+            self._graph = None
+        self._kind = kind
         if self._graph is None:
             if frame is None:
                 return

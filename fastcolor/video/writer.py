@@ -236,7 +236,9 @@ class Copier:
         if packet.pts is None and packet.dts is None:
             if not stream.disposition & Disposition.attached_pic:
                 return None
-            packet.pts = packet.dts = 0  # a cover has no time
+            packet.pts = packet.dts = 0  # a cover has no time, and belongs to every part of the film
+            packet.stream = stream
+            return packet
         tick, reader = packet.time_base, self.reader
         at = (packet.pts if packet.pts is not None else packet.dts) * tick
         if (reader.begin is not None and at < reader.begin) or (reader.until is not None and at >= reader.until):

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_of, pattern, steady, uneven
 
 from fastcolor.imaging.files import Picture, read_picture, write_picture
@@ -493,6 +494,9 @@ def test_size_changes_midway(tmp_path):
     summary = run(both, tmp_path / "out.mkv", **FFV1)
     assert "the picture changes from 64×48, 8 bits to 96×64, 8 bits" in summary.broken_off
     assert len(luma_planes(tmp_path / "out.mkv")) == summary.frames > 20
+    woven = run(both, tmp_path / "out.mkv", overwrite=True, deinterlace=True, **FFV1)
+    assert "the picture changes from 64×48, 8 bits to 96×64, 8 bits" in woven.broken_off
+    assert woven.frames == summary.frames
     # the advice holds, also in a part of the film
     for begin in (None, 0.25):
         told = run(both, tmp_path / "out.mkv", start=begin, overwrite=True, **FFV1).broken_off
@@ -580,6 +584,32 @@ def test_subtitles(tmp_path):
     summary = run(clip, tmp_path / "out.mp4")
     assert len(summary.notes) == 1 and summary.notes[0].startswith("stream 2 (subtitle, ")
     assert "is left out: mp4 cannot hold it as it is" in summary.notes[0]
+
+
+def test_cover_belongs_to_every_part(tmp_path):
+    clip, covered = make_clip(tmp_path / "in.mkv", audio=None), tmp_path / "covered.mp4"
+    with av.open(str(clip)) as source, av.open(str(covered), "w") as out:
+        film = out.add_stream_from_template(source.streams.video[0], opaque=True)
+        cover = out.add_stream("png")
+        cover.width, cover.height, cover.pix_fmt = 16, 16, "gray"
+        cover.disposition = Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((16, 16), np.uint8), "gray")
+        for packet in [*cover.encode(picture), *cover.encode(None)]:
+            out.mux(packet)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = film
+                out.mux(packet)
+
+    def pictures(path):
+        with av.open(str(path)) as film:
+            packets = [p for p in film.demux() if p.stream.disposition & Disposition.attached_pic]
+            return [bytes(p) for p in packets if p.size]
+
+    assert len(pictures(covered)) == 1
+    for i, start in enumerate((None, 0.5)):
+        run(covered, tmp_path / f"{i}.mp4", codec="ffv1", start=start)
+        assert pictures(tmp_path / f"{i}.mp4") == pictures(covered)
 
 
 def test_sample_aspect_that_cannot_be_kept_is_said(tmp_path):
