@@ -157,8 +157,11 @@ def _identity(files: dict[str, Path | None], options: dict[str, Any], video: Any
     digests = {}
     for name, path in files.items():
         if path is not None:
+            digest = hashlib.blake2b(digest_size=16)
             with open(path, "rb") as file:
-                digests[name] = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+                while piece := file.read(1 << 20):  # a reference may be a whole film
+                    digest.update(piece)
+            digests[name] = digest.hexdigest()
     return {"fastcolor": __version__, **digests, **options, **asdict(video)}
 
 

@@ -176,7 +176,7 @@ class VideoColorizer:
     def _planes(self, frame: _Frame) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]:
         (luma, device), ab = frame.picture, frame.ab * self.colorizer.options.saturation
         u, v = (plane[0, 0] for plane in render_uv(ab, frame.guide, luma, self.format, scale=self._scale(frame)))
-        return ((u, v), None) if device.type == "cuda" else self._ferry.to_host((u, v))
+        return self._ferry.to_host((u, v)) if device.type == "cpu" else ((u.to(device), v.to(device)), None)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Ferry:
     def to_host(self, planes: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
         """Planes on the host, and the event after which they are there: None where they are already."""
         if self._down is None:
-            return planes, None
+            return tuple(x.cpu() for x in planes), None
         self._down.wait_stream(torch.cuda.current_stream(self.device))
         arrived = torch.cuda.Event()
         with torch.cuda.stream(self._down):
