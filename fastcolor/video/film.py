@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import av
 import torch
+from av.format import Flags as FormatFlags
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
@@ -34,6 +35,7 @@ from fastcolor.video.writer import (
     copy_tags,
     describe,
     format_of,
+    is_named,
     make_frame,
 )
 from fastcolor.yuv import YuvFormat
@@ -268,6 +270,11 @@ class _Film:
         finally:
             with suppress(av.FFmpegError, OSError):  # nothing was written into it
                 trial.close()
+        if not is_named(av.Codec(encoding.codec, "w"), form):
+            raise VideoError(f"{self.target}: {form} has no name for {encoding.codec}; .mkv holds any")
+        flags, fixed = trial.format.flags, trial.format.name in ("avi", "asf")
+        if not encoding.info.steady and (fixed or flags & FormatFlags.no_timestamps.value):
+            self.summary.notes.append(f"{form} has one frame rate for all: timestamps of a variable one are not kept")
 
     def _recipe(self) -> dict[str, Any]:
         options = asdict(self.options)

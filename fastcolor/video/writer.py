@@ -44,6 +44,19 @@ CODECS = {
 }
 
 
+# FFmpeg writes any codec into MPEG-TS, but those that it has no name for there cannot be read again, by nobody
+_NAMED_IN_TS = {
+    "mpeg1video", "mpeg2video", "mpeg4", "h264", "hevc", "vvc", "cavs", "avs2", "avs3", "dirac", "vc1", "jpeg2000",
+    "mp1", "mp2", "mp3", "aac", "aac_latm", "ac3", "eac3", "dts", "truehd", "opus", "s302m",
+    "dvb_subtitle", "dvb_teletext", "hdmv_pgs_subtitle", "arib_caption",
+}  # fmt: skip
+
+
+def is_named(codec: av.Codec, form: str) -> bool:
+    """Whether a codec that FFmpeg writes into a container can be read from it."""
+    return form != "mpegts" or codec.canonical_name in _NAMED_IN_TS
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How frames become a stream."""
@@ -212,6 +225,9 @@ class Copier:
     def _fits(self, stream: av.stream.Stream, form: str) -> bool:
         name = getattr(stream, "name", None) or (stream.codec_context.name if stream.codec_context else None)
         label = f"stream {stream.index} ({stream.type}{f', {name}' if name else ''})"
+        if stream.codec_context and not is_named(stream.codec_context.codec, form):
+            self.left_out.append(f"{label} is left out: {form} has no name for it")
+            return False
         try:
             trial = av.open(io.BytesIO(), "w", format=form)
             _add_copy(trial, stream)

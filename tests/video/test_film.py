@@ -442,6 +442,7 @@ def test_codecs_that_cannot_be(tmp_path):
     [
         ("out.mov", {"codec": "libsvtav1"}, "mov cannot hold libsvtav1"),  # which its header alone says
         ("out.ogv", {}, "ogv cannot hold libx264"),
+        ("out.ts", {"codec": "ffv1"}, "mpegts has no name for ffv1"),
         ("out.mkv", {"format": "concat"}, "--format concat: this FFmpeg writes no such container"),
         ("out.mkv", {"format": "hls"}, "--format hls: makes no file by itself"),
     ],
@@ -584,6 +585,17 @@ def test_subtitles(tmp_path):
     summary = run(clip, tmp_path / "out.mp4")
     assert len(summary.notes) == 1 and summary.notes[0].startswith("stream 2 (subtitle, ")
     assert "is left out: mp4 cannot hold it as it is" in summary.notes[0]
+
+
+def test_what_a_container_would_lose_is_said(tmp_path):
+    times = {"steady": steady(12), "uneven": uneven(12)}
+    for name, given in times.items():
+        clip = make_clip(tmp_path / f"{name}.mp4", times=given, audio="flac")
+        notes = run(clip, tmp_path / f"{name}.avi").notes
+        assert any("avi has one frame rate for all" in note for note in notes) == (name == "uneven")
+    assert run(clip, tmp_path / "out.ts").notes == ["stream 1 (audio, flac) is left out: mpegts has no name for it"]
+    with av.open(str(tmp_path / "out.ts")) as film:
+        assert [s.type for s in film.streams] == ["video"]
 
 
 def test_cover_belongs_to_every_part(tmp_path):
