@@ -284,8 +284,7 @@ def reference_histogram(path: str | Path, bins: ColorBins, frames: int = 32) -> 
     for pixels in pictures:
         if pixels.ndim == 2 or pixels.shape[2] < 3:
             continue
-        step = max(1, math.isqrt(pixels.shape[0] * pixels.shape[1] // 40_000))  # 40,000 pixels say enough
-        rgb = torch.from_numpy(pixels[::step, ::step, :3].copy()).permute(2, 0, 1)
+        rgb = torch.from_numpy(_thinned(pixels[..., :3])).permute(2, 0, 1)
         ab = rgb_to_lab(rgb, dtype=torch.float32)[1:].movedim(0, -1)
         chroma = max(chroma, float(ab.norm(dim=-1).mean()))
         counts += bins.histogram(ab)
@@ -294,8 +293,14 @@ def reference_histogram(path: str | Path, bins: ColorBins, frames: int = 32) -> 
     return counts
 
 
+def _thinned(pixels):
+    """Every n-th row and column of [H, W, 3]: 40,000 pixels say enough, and large frames fill the memory."""
+    step = max(1, math.isqrt(pixels.shape[0] * pixels.shape[1] // 40_000))
+    return pixels[::step, ::step].copy()
+
+
 def _frames_of(path: Path, count: int):
-    """Frames [H, W, 3] uint8 of a film, spread over it."""
+    """Frames [h, w, 3] uint8 of a film, thinned and spread over it."""
     import av
 
     try:
@@ -306,7 +311,8 @@ def _frames_of(path: Path, count: int):
             stream.thread_type = "AUTO"
             span = container.duration or 0  # µs
             if span == 0:
-                frames = [f.to_ndarray(format="rgb24") for f in islice(container.decode(stream), count)]
+                given = islice(container.decode(stream), count)
+                frames = [_thinned(frame.to_ndarray(format="rgb24")) for frame in given]
             else:
                 frames = []
                 for i in range(count):
@@ -315,7 +321,7 @@ def _frames_of(path: Path, count: int):
                     )
                     frame = next(container.decode(stream), None)
                     if frame is not None:
-                        frames.append(frame.to_ndarray(format="rgb24"))
+                        frames.append(_thinned(frame.to_ndarray(format="rgb24")))
     except (av.FFmpegError, OSError) as error:
         raise ControlError(f"{path}: neither a picture nor a film ({error})") from error
     if not frames:
