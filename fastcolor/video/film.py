@@ -341,7 +341,7 @@ class _Film:
             raise
         self.summary.stopped = not self.read_out
         if parts is not None and not self.summary.stopped:
-            parts.complete = True
+            parts.complete, parts.why = True, self.reader.ended.why
             parts.save()
 
     def _colour(self, colorizer: ColorsFrames, read: Channel, coloured: Channel) -> None:
@@ -424,8 +424,9 @@ class _Film:
         if summary.stopped:
             return
         at = ended.at if not parts or not parts.parts else float(parts.parts[-1].end * reader.info.time_base)
-        if ended.why:
-            summary.broken_off = f"{reader.label}: ends at {clock(at)}: {ended.why}"
+        why = parts.why if parts is not None else ended.why
+        if why:
+            summary.broken_off = f"{reader.label}: ends at {clock(at)}: {why}"
             return
         missing = reader.missing(at, copier.end if copier is not None and not copier.left_out else None)
         if missing:

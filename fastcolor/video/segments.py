@@ -31,7 +31,7 @@ from fastcolor.video.errors import VideoError
 from fastcolor.video.reader import Reader
 from fastcolor.video.writer import Copier, Encoding, add_film, copy_tags, describe, finish_film, tag
 
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = "film.json"
 _OURS = re.compile(r"film\.json|\.film-.*\.json|\.?\d{6}(-.*)?\.(nut|mov|pt|unfinished)|joined\..*")
 _ENDS = 1 << 20  # bytes from both ends of a file that its fingerprint takes in
@@ -77,6 +77,7 @@ class Parts:
         self.folder = parts_folder(target)
         self.parts: list[Part] = []
         self.complete = False
+        self.why: str | None = None  # it is complete, though the film could not be read to its end
         self.moved = 0
         found = self._load()
         if resume and found is not None:
@@ -102,7 +103,7 @@ class Parts:
     def _load(self) -> dict[str, Any] | None:
         try:
             found = json.loads((self.folder / _MANIFEST).read_text())
-            return found if found.get("version") == _VERSION else None
+            return found if isinstance(found, dict) and found.get("version") == _VERSION else None
         except (OSError, ValueError):
             return None
 
@@ -116,6 +117,7 @@ class Parts:
                 break
             self.parts.append(part)
         self.complete = found["complete"] and len(self.parts) == len(found["parts"])
+        self.why = found["why"] if self.complete else None
         self.moved = found["moved"]
         if self.parts and not self.complete and not self._state_file().is_file():
             raise VideoError(f"{self._state_file()}: is missing; --overwrite starts over")
@@ -138,6 +140,7 @@ class Parts:
             "version": _VERSION,
             "recipe": self.recipe,
             "complete": self.complete,
+            "why": self.why,
             "moved": self.moved,
             "parts": [asdict(p) for p in self.parts],
         }

@@ -486,7 +486,7 @@ def test_film_whose_sound_goes_on_is_whole(tmp_path):
         assert film.duration / av.time_base > 6
 
 
-def test_size_changes_midway(tmp_path):
+def test_size_changes_midway(tmp_path, monkeypatch):
     pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=size, audio=None,
                         times=steady(48)[24 * i : 24 * i + 24])
               for i, size in enumerate([(64, 48), (96, 64)])]  # fmt: skip
@@ -498,6 +498,12 @@ def test_size_changes_midway(tmp_path):
     woven = run(both, tmp_path / "out.mkv", overwrite=True, deinterlace=True, **FFV1)
     assert "the picture changes from 64×48, 8 bits to 96×64, 8 bits" in woven.broken_off
     assert woven.frames == summary.frames
+    # also where only the joining is left to be done
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="burnt"):
+        patch.setattr("fastcolor.video.film.join", lambda *_: fail())
+        run(both, tmp_path / "later.mkv", **FFV1)
+    later = run(both, tmp_path / "later.mkv", resume=True, **FFV1)
+    assert "the picture changes from" in later.broken_off and later.frames == summary.frames
     # the advice holds, also in a part of the film
     for begin in (None, 0.25):
         told = run(both, tmp_path / "out.mkv", start=begin, overwrite=True, **FFV1).broken_off
@@ -559,6 +565,7 @@ def test_killed_at_the_very_beginning(tmp_path):
     (tmp_path / "out.mkv.parts").mkdir()
     (tmp_path / "out.mkv.parts" / ".film-abc.json").write_text("{")
     (tmp_path / "out.mkv.parts" / "000000.unfinished").write_text("")
+    (tmp_path / "out.mkv.parts" / "film.json").write_text("[]")
     assert run(clip, tmp_path / "out.mkv", **FFV1).frames == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
