@@ -231,6 +231,8 @@ class _Film:
                 raise VideoError(self._failed(error, parts)) from error
             finally:
                 sink.discard()
+                if parts is not None:
+                    parts.release()
             self._account(reader, copier, parts)
         summary.frames = self.status.written
         summary.seconds = time.monotonic() - started

@@ -12,6 +12,7 @@ A segment counts once it stands in film.json, which is replaced as a whole.
 from __future__ import annotations
 
 import bisect
+import fcntl
 import hashlib
 import heapq
 import json
@@ -69,13 +70,14 @@ class Parts:
 
     Raises:
         VideoError: `resume` with nothing to go on from, or another recipe; segments there without `resume` or
-            `overwrite`; a folder that cannot be written.
+            `overwrite`; a folder that cannot be written, or in which another run is at work until its `release`.
     """
 
     def __init__(self, target: Path, recipe: dict[str, Any], *, resume: bool, overwrite: bool):
         self.target, self.recipe = target, json.loads(json.dumps(recipe))
         self.folder = parts_folder(target)
         self.parts: list[Part] = []
+        self._held: int | None = None  # the folder, locked
         self.complete = False
         self.why: str | None = None  # it is complete, though the film could not be read to its end
         self.moved = 0
@@ -95,10 +97,28 @@ class Parts:
                 )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
             self._clean()
             self.save()
         except OSError as error:
+            self.release()
             raise VideoError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
+
+    def _lock(self) -> None:
+        """Two runs would write the same files. The lock goes with the process, however that ends."""
+        self._held = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise VideoError(f"{self.folder}: another run is at work there") from error
+        except OSError:
+            pass  # a file system without locks
+
+    def release(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def _load(self) -> dict[str, Any] | None:
         try:

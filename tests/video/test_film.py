@@ -570,6 +570,18 @@ def test_killed_at_the_very_beginning(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
 
+def test_two_runs_at_once(tmp_path):
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(30)), tmp_path / "out.mkv"
+
+    def again(yuv):
+        for options in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(VideoError, match=r"out\.mkv\.parts: another run is at work there"):
+                run(clip, out, **options, **FFV1)
+        return Counting(yuv)
+
+    assert run(clip, out, make=again, **FFV1).frames == len(luma_planes(out)) == 30
+
+
 def test_streams_that_the_container_cannot_hold(tmp_path):
     clip = make_clip(tmp_path / "in.mkv", times=steady(12), audio="pcm_s16le")
     summary = run(clip, tmp_path / "out.mp4", format=None)
