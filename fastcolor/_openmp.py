@@ -18,7 +18,7 @@ def set_policy(command: Sequence[str], environment: MutableMapping[str, str], lo
         loaded: the modules that are there.
     """
     words = [os.path.basename(word) for word in command[1:]]
-    if words[:1] == ["-m"]:
+    while words and words[0].startswith("-"):  # -m, and others of the interpreter
         words = words[1:]
     if words[:2] == ["fastcolor", "video"] and "torch" not in loaded:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

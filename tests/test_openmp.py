@@ -13,6 +13,7 @@ from fastcolor._openmp import set_policy
     ("command", "expected"),
     [
         (["python", "-m", "fastcolor", "video", "a.mp4"], "PASSIVE"),
+        (["python", "-u", "-m", "fastcolor", "video", "a.mp4"], "PASSIVE"),
         (["python3", "/usr/bin/fastcolor", "video", "a.mp4"], "PASSIVE"),
         (["python", "-m", "fastcolor", "train", "video"], None),
         (["python", "-m", "pytest"], None),

@@ -324,7 +324,7 @@ def _conclude(summary: Summary, out: str, stats: Path | None, reporter: Reporter
         except OSError as error:
             reporter.say(f"error: {stats}: cannot be written ({error.strerror or error})")
             failed = True
-    for note in summary.notes:
+    for note in () if reporter.quiet else summary.notes:
         reporter.say(f"warning: {note}")
     made = summary.frames - summary.resumed
     if summary.stopped:

@@ -40,6 +40,7 @@ from fastcolor.video.writer import (
 )
 from fastcolor.yuv import YuvFormat
 
+HDR = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}  # transfers, numbered as in ITU-T H.273
 QUEUE = 8  # pictures that wait between two threads
 # Matroska has the shape of samples from the muxer's own field, which PyAV does not set; these streams carry it
 ASPECT_INSIDE = {"libx264", "libx265", "h264_nvenc", "hevc_nvenc", "mpeg4", "mpeg2video"}
@@ -203,6 +204,8 @@ class _Film:
                 self._check_container(form, encoding)
             if encoding.pixels.bits < info.bits:
                 summary.notes.append(f"luma goes from {info.bits} to {encoding.pixels.bits} bits ({options.codec})")
+            if info.colours.transfer in HDR:
+                summary.notes.append(f"the film is {HDR[info.colours.transfer]}: colours are made as for BT.709's transfer")
             if info.aspect not in (None, 1) and form in ("matroska", "webm") and encoding.codec not in ASPECT_INSIDE:
                 summary.notes.append(
                     f"samples of {info.aspect.numerator}:{info.aspect.denominator} are not noted: {encoding.codec} in "

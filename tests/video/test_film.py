@@ -179,6 +179,13 @@ def test_stats(tmp_path):
     assert stats["encoder"]["codec"] == "ffv1" and stats["encoder"]["pixels"] == "yuv420p"
 
 
+@pytest.mark.parametrize("transfer", [1, 16, 18])
+def test_transfers_that_colours_are_not_made_for_are_named(tmp_path, transfer):
+    clip = make_clip(tmp_path / "in.mkv", tags=(1, 9, 9, transfer))
+    notes = run(clip, tmp_path / "out.mkv", **FFV1).notes
+    assert any("BT.709's transfer" in note for note in notes) == (transfer != 1)
+
+
 # --- stopped, killed, resumed -----------------------------------------------------------------------------------------
 
 
