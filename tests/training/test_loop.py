@@ -387,7 +387,7 @@ def test_the_average_is_what_is_validated_and_saved(photos, tmp_path):
     run.save_model()
     saved = load_checkpoint(tmp_path / "run" / "model.safetensors").network.state_dict()
     assert torch.equal(saved[name], average[name])
-    # of three updates w1, w2, w3 with decays 1/10, 2/11, 3/12, by hand
+    # of three updates w1, w2, w3 with decays 1/20, 2/21, 3/22, by hand
     other = Average(torch.nn.Linear(1, 1, bias=False), 0.5)
     other.module.weight.fill_(1.0)
     module = torch.nn.Linear(1, 1, bias=False)
@@ -395,7 +395,7 @@ def test_the_average_is_what_is_validated_and_saved(photos, tmp_path):
     for n, value in enumerate((2.0, 3.0, 5.0)):
         torch.nn.init.constant_(module.weight, value)
         other.update(module, n)
-        decay = (1 / 10, 2 / 11, 3 / 12)[n]
+        decay = (1 / 20, 2 / 21, 3 / 22)[n]
         expected = decay * expected + (1 - decay) * value
     assert other.module.weight.item() == pytest.approx(expected)
 
