@@ -331,6 +331,13 @@ def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
     assert starts[0]["fingerprint"] == starts[1]["fingerprint"] and starts[0]["seed"] == 0
 
 
+def test_colours_are_measured_all_over_the_list(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastcolor.training.run._PRIOR_IMAGES", 4)
+    run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), measure=False)
+    names = [p.removeprefix(f"{scenes}/train/") for p in run.prior_loader.dataset.files]
+    assert names == ["a/airfield/0.png", "a/airfield/3.png", "coast/0.png", "coast/3.png"]
+
+
 def keep_statistics(run):
     """Training mode, but batch normalization keeps to its running statistics: images do not mix."""
     run.task.train()
