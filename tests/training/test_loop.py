@@ -322,6 +322,24 @@ def test_a_kill_in_the_middle_of_an_epoch_is_made_good(photos, tmp_path):
     assert not (tmp_path / "parts" / ".state-abc.pt").exists()
 
 
+def test_a_kill_between_the_state_and_the_model_is_made_good(photos, tmp_path, monkeypatch):
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+
+    def full(run):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as change:
+        change.setattr(Run, "save_model", full)
+        with pytest.raises(OSError, match="no space left"):
+            train(photos, config)
+    assert (tmp_path / "run" / "state.pt").exists() and not (tmp_path / "run" / "model.safetensors").exists()
+    result = train(photos, replace(config, resume="yes"))
+    assert result.finished and load_checkpoint(result.model).notes["epochs"] == 1
+    assert [json.loads(line) for line in (result.out / "history.jsonl").read_text().splitlines()] == result.history
+    before = result.model.stat().st_mtime_ns
+    assert train(photos, replace(config, resume="yes")).model.stat().st_mtime_ns == before  # all is there
+
+
 def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
     assert train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run"), resume="auto")).finished
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
