@@ -387,8 +387,7 @@ class Run:
             rgb, seeds, labels = self._on_device(batch)
             values, pictures = judged.measure(Batch(rgb, [], seeds, labels))
             for name, each in values.items():
-                # a prediction without any error counts as 100 dB, so that the mean stays finite
-                totals[name] = totals.get(name, 0.0) + each.double().clamp_max(100).sum().item()
+                totals[name] = totals.get(name, 0.0) + each.double().sum().item()
             count += len(rgb)
             if pictures is not None:
                 rows += [row.cpu() for row in pictures[: _SAMPLES - len(rows)]]

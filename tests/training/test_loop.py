@@ -25,7 +25,7 @@ from fastcolor.training import memory
 from fastcolor.training.average import Average
 from fastcolor.training.color import split_lab
 from fastcolor.training.config import TrainConfig
-from fastcolor.training.data import DataError
+from fastcolor.training.data import Batch, DataError
 from fastcolor.training.loop import train
 from fastcolor.training.plan import dry_run
 from fastcolor.training.report import Silent, Stop
@@ -354,6 +354,17 @@ def test_colours_are_measured_all_over_the_list(scenes, tmp_path, monkeypatch):
     run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), measure=False)
     names = [p.removeprefix(f"{scenes}/train/") for p in run.prior_loader.dataset.files]
     assert names == ["a/airfield/0.png", "a/airfield/3.png", "coast/0.png", "coast/3.png"]
+
+
+def test_validation_gives_means_as_they_are(photos, tmp_path, monkeypatch):
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent())
+    measured = iter((150.0, 250.0, 350.0))
+    monkeypatch.setattr(
+        type(run.task), "measure", lambda task, batch: ({"x": torch.full((len(batch.rgb),), next(measured))}, None)
+    )
+    batches = [Batch(torch.zeros(n, 64, 64, 3), [], torch.zeros(n), torch.zeros(n)) for n in (3, 1, 4)]
+    monkeypatch.setattr(run, "_batches", lambda loader, stop: batches)
+    assert run.validate(Stop()) == ({"x": (3 * 150 + 250 + 4 * 350) / 8}, None)
 
 
 def keep_statistics(run):
