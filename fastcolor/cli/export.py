@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-
 _ONNX_ALONE = ("size", "sweeps", "mrf", "vividness", "temperature")
 
 
