@@ -67,6 +67,8 @@ class Run:
     def __init__(
         self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, measure: bool = True
     ):
+        # the first one's: of a run that goes on it may come from the run's folder, which other machines need not see
+        config = team.share(lambda: config)
         self.config, self.team, self.out = config, team, Path(config.out)
         self.reporter = reporter if team.lead else Silent()
         self.resumed = team.share(self._check)

@@ -26,6 +26,7 @@ from fastcolor.training.average import Average
 from fastcolor.training.color import split_lab
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import Batch, DataError
+from fastcolor.training.distributed import Team
 from fastcolor.training.loop import train
 from fastcolor.training.plan import dry_run
 from fastcolor.training.report import Silent, Stop
@@ -365,6 +366,16 @@ def test_validation_gives_means_as_they_are(photos, tmp_path, monkeypatch):
     batches = [Batch(torch.zeros(n, 64, 64, 3), [], torch.zeros(n), torch.zeros(n)) for n in (3, 1, 4)]
     monkeypatch.setattr(run, "_batches", lambda loader, stop: batches)
     assert run.validate(Stop()) == ({"x": (3 * 150 + 250 + 4 * 350) / 8}, None)
+
+
+def test_all_processes_follow_the_configuration_of_the_first(photos, tmp_path):
+    class Follower(Team):
+        def share(self, make):
+            found = make()
+            return replace(found, batch_size=3) if isinstance(found, TrainConfig) else found
+
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent(), Follower(), measure=False)
+    assert run.config.batch_size == 3 and run.batches.batch_size == 3
 
 
 def keep_statistics(run):
