@@ -276,6 +276,8 @@ class Run:
             counts = batches.counts(progress.step)
             pieces = list(islice(loader, len(counts)))
             if len(pieces) < len(counts):
+                if self.team.world > 1:  # the others wait for this step's gradient: leaving quietly would hang them
+                    raise TrainingError(f"process {self.team.rank} was stopped while it read; --resume auto goes on")
                 return False
             self._step(pieces, counts)
             waits = self.device.type != "cpu" and progress.step % _LOOK_EVERY and progress.step < batches.steps
