@@ -220,7 +220,7 @@ def benchmark(width: int, height: int, options) -> list[dict]:
     title = f"render to U, V, {width}×{height}, 4:2:0, 8 bits"
     moved = pixels * 3 // 2 + 4 * inputs[0].numel() * 3 // 2
     peers = uv_peers(on_device, luma.to(options.device), moved, options.device, options.quick)
-    rows += table(title, moved, work.render(pixels), peers, {"": exact}, options)
+    rows += table(title, moved, work.render_uv(exact.numel(), pixels), peers, {"": exact}, options)
     return rows
 
 
