@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastcolor.evaluation.run import evaluate, load_models
+from fastcolor.evaluation.compare import evaluate, load_models
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.loop import train
 
