@@ -137,8 +137,9 @@ done < <("$python" -m benchmarks --names)
 # cache of memory, whose blocks are larger than the tensors in them.
 sanitize() {  # TOOL
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
-    -p no:cacheprovider tests/ops/test_mean_field_gpu.py \
-    -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic))"
+    -p no:cacheprovider tests/ops/test_mean_field_gpu.py tests/ops/test_lab_gpu.py tests/ops/test_render_gpu.py \
+    -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic) \
+        or test_integers or test_address or test_luma_rows)"
 }
 if [ $device = cuda ] && command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck; do
