@@ -7,7 +7,7 @@
 #   FOLDER       where the JSON files go; benchmarks/results/<version> if left out
 #   --dry-run    the same on the CPU, with tiny sizes and without CUDA
 #   --no-build   takes the fastcolor that is installed
-#   --seconds N  after which nothing new is begun, and what runs is stopped; 540 if left out
+#   --seconds N  after which nothing new is begun, and a benchmark that runs is stopped; 540 if left out
 #   --suites S   these benchmarks alone, of `python -m benchmarks --list`
 #
 # PYTHON names the interpreter (python3). It needs torch, triton, numpy, safetensors, pytest, pybind11, scikit-build-core,
@@ -123,6 +123,7 @@ step "pytest -m gpu" gpu_tests
 # One after the other, each with what time is left, and at most 150 s: what it has measured is written as it ends.
 within() {  # COMMAND...
   local left=$((limit - SECONDS)) stop=()
+  [ "$left" -ge 1 ] || left=1  # 0 would be no limit at all
   command -v timeout > /dev/null && stop=(timeout $((left < 150 ? left : 150)))
   ${stop[@]+"${stop[@]}"} "$@"
 }

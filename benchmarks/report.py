@@ -241,7 +241,7 @@ def table(results: Results, run: Run, rows: list[dict]) -> list[str]:
     if best and any(not r["ours"] and not work.is_limit(r) for r in measured):
         runs, title = results.same(run), re.escape(best["title"]) + "$"
         ours = re.escape(best["candidate"])
-        cells["over ours"] = [
+        cells["over our best"] = [
             "" if r["ours"] or work.is_limit(r) else f"{ratio(runs, title, ours, re.escape(r['candidate']))}×"
             for r in measured
         ]
