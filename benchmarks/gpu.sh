@@ -11,7 +11,8 @@
 #   --suites S   these benchmarks alone, of `python -m benchmarks --list`
 #
 # PYTHON names the interpreter (python3). It needs torch, triton, numpy, safetensors, pytest, pybind11, scikit-build-core,
-# cmake and ninja; peers that are missing are named in the results.
+# cmake and ninja; peers that are missing are named in the results, and so is the suite of files (pyvips) or films (av)
+# that is left out where its package is missing.
 set -u
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -129,7 +130,12 @@ within() {  # COMMAND...
 }
 while read -r name module; do
   case " ${suites:-$name} " in *" $name "*) ;; *) continue ;; esac
-  size=(${benchmark_size[@]+"${benchmark_size[@]}"})
+  size=(${benchmark_size[@]+"${benchmark_size[@]}"}) package=
+  case $name in training) package=pyvips ;; video) package=av ;; esac
+  if [ -n "$package" ] && ! "$python" -c "import $package" > /dev/null 2>&1 < /dev/null; then
+    summary+=("LEFT OUT  benchmark $name: $package is missing")
+    continue
+  fi
   case $name in training | video | scaling) size=() ;; esac  # have small sizes of their own
   step "benchmark $name" within "$python" -m "$module" --device "$device" --json "$folder" --commit "$commit" \
     ${size[@]+"${size[@]}"} ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 < /dev/null || tail -n 20 "$scratch/$name.log"
