@@ -148,7 +148,8 @@ def field_point(
 
     pixels, neighbors = images * width * height, (2 * field["radius"] + 1) ** 2 - 1
     operations = work.mean_field(pixels, labels, 3, neighbors, field["sweeps"])
-    return Point("mean_field", value, f"{width}x{height}", build, operations, 4 * labels * pixels, error=error)
+    moved = 4 * labels * pixels * (2 if marginals else 1)
+    return Point("mean_field", value, f"{width}x{height}", build, operations, moved, error=error)
 
 
 def network_point(value: int, images: int, width: int, height: int, device: str, threads: int | None = None) -> Point:
