@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastcolor.evaluation.run import evaluate, load_models
+from fastcolor.evaluation.compare import evaluate, load_models
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.loop import train
 
@@ -69,11 +69,14 @@ def part_of(photos: Path, out: Path, share: float) -> Path:
 def trained(data: Path, config: TrainConfig) -> Path:
     """The weights of a run, which is done, gone on with, or begun."""
     weights, done = Path(config.out) / "model.safetensors", Path(config.out) / "done"
+    wanted = json.dumps(asdict(config), sort_keys=True)
+    if done.exists() and done.read_text() != wanted:
+        raise SystemExit(f"{config.out}: was trained with other options; give another --out")
     if not done.exists():
         result = train(data, replace(config, resume="auto"), Lines(Path(config.out).name))
         if not result.finished:
             raise KeyboardInterrupt
-        done.touch()
+        done.write_text(wanted)
     return weights
 
 

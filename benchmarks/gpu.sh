@@ -7,11 +7,12 @@
 #   FOLDER       where the JSON files go; benchmarks/results/<version> if left out
 #   --dry-run    the same on the CPU, with tiny sizes and without CUDA
 #   --no-build   takes the fastcolor that is installed
-#   --seconds N  after which nothing new is begun, and what runs is stopped; 540 if left out
+#   --seconds N  after which nothing new is begun, and a benchmark that runs is stopped; 540 if left out
 #   --suites S   these benchmarks alone, of `python -m benchmarks --list`
 #
 # PYTHON names the interpreter (python3). It needs torch, triton, numpy, safetensors, pytest, pybind11, scikit-build-core,
-# cmake and ninja; peers that are missing are named in the results.
+# cmake and ninja; peers that are missing are named in the results, and so is the suite of files (pyvips) or films (av)
+# that is left out where its package is missing.
 set -u
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -123,12 +124,18 @@ step "pytest -m gpu" gpu_tests
 # One after the other, each with what time is left, and at most 150 s: what it has measured is written as it ends.
 within() {  # COMMAND...
   local left=$((limit - SECONDS)) stop=()
+  [ "$left" -ge 1 ] || left=1  # 0 would be no limit at all
   command -v timeout > /dev/null && stop=(timeout $((left < 150 ? left : 150)))
   ${stop[@]+"${stop[@]}"} "$@"
 }
 while read -r name module; do
   case " ${suites:-$name} " in *" $name "*) ;; *) continue ;; esac
-  size=(${benchmark_size[@]+"${benchmark_size[@]}"})
+  size=(${benchmark_size[@]+"${benchmark_size[@]}"}) package=
+  case $name in training) package=pyvips ;; video) package=av ;; esac
+  if [ -n "$package" ] && ! "$python" -c "import $package" > /dev/null 2>&1 < /dev/null; then
+    summary+=("LEFT OUT  benchmark $name: $package is missing")
+    continue
+  fi
   case $name in training | video | scaling) size=() ;; esac  # have small sizes of their own
   step "benchmark $name" within "$python" -m "$module" --device "$device" --json "$folder" --commit "$commit" \
     ${size[@]+"${size[@]}"} ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 < /dev/null || tail -n 20 "$scratch/$name.log"
@@ -137,8 +144,9 @@ done < <("$python" -m benchmarks --names)
 # cache of memory, whose blocks are larger than the tensors in them.
 sanitize() {  # TOOL
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
-    -p no:cacheprovider tests/ops/test_mean_field_gpu.py \
-    -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic))"
+    -p no:cacheprovider tests/ops/test_mean_field_gpu.py tests/ops/test_lab_gpu.py tests/ops/test_render_gpu.py \
+    -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic) \
+        or test_integers or test_address or test_luma_rows)"
 }
 if [ $device = cuda ] && command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck; do

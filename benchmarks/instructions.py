@@ -144,10 +144,10 @@ FLOORS = {
     "rgb_to_lab": _LAB + 3,  # the transfer of a byte is a look-up
     # f; cubes; knee; matrix; transfer with its knee; clip and round; load and store
     "lab_to_rgb": 3 + 3 * 2 + 3 * 2 + 9 + 3 * (_TRANSCENDENTAL + 2) + 3 * 3 + 6,
-    # nine neighbours: load, difference, square, exponential, two colours, sum; then as lab_to_rgb
-    "render": 9 * (3 + 1 + 1 + _TRANSCENDENTAL + 2 + 1) + 2 + 81,
+    # four neighbours: load, difference, square, exponential, two colours, sum; then as lab_to_rgb
+    "render": 4 * (3 + 1 + 1 + _TRANSCENDENTAL + 2 + 1) + 2 + 81,
     # a quarter of the pixels has chroma; all have their lightness looked up and averaged
-    "render_uv": (9 * (3 + 1 + 1 + _TRANSCENDENTAL + 2 + 1) + 2 + 81) / 4 + 4,
+    "render_uv": (4 * (3 + 1 + 1 + _TRANSCENDENTAL + 2 + 1) + 2 + 81) / 4 + 4,
     "annealed_mean": 1 + 1 + 1 + _TRANSCENDENTAL + 1 + 2,  # load, largest, difference, exponential, sum, two colours
     # twice: load and exponential (nothing is kept between softmax and gradient); largest, sum; scale, target, store
     "color_cross_entropy": 2 * (1 + 1 + _TRANSCENDENTAL) + 2 + 3,

@@ -109,7 +109,9 @@ def problems(data: object) -> list[str]:
     return found
 
 
-def row_problems(row: dict) -> list[str]:
+def row_problems(row: object) -> list[str]:
+    if not isinstance(row, dict):
+        return ["must be an object"]
     found = [f"lacks {k!r}" for k, kind in _ROW.items() if not isinstance(row.get(k), kind)]
     if found:
         return found
@@ -121,12 +123,16 @@ def row_problems(row: dict) -> list[str]:
     if not isinstance(median, _NUMBER) or not 0 < median < math.inf:
         return [f"'median_us' must be a time or {NOT_MEASURED!r}, got {median!r}"]
     found += [f"{k!r} must be a number >= 0, got {row.get(k)!r}" for k in _TIMED if not _at_least(row.get(k), 0)]
-    # speeds are bytes and operations over the time, nothing else
-    for amount, speed, unit in (("bytes", "GB_per_s", 1e9), ("operations", "TFLOP_per_s", 1e12)):
-        if speed in row and not math.isclose(row[speed], row[amount] / median * 1e6 / unit, rel_tol=1e-2, abs_tol=1e-3):
-            found.append(
-                f"{speed!r} is {row[speed]}, but {amount!r} over the time is {row[amount] / median * 1e6 / unit:.4g}"
-            )
+    # speeds are bytes and operations over the time, nothing else; `rounded` as timing.row rounds them
+    for amount, speed, unit, rounded in (("bytes", "GB_per_s", 1e9, 1e-3), ("operations", "TFLOP_per_s", 1e12, 1e-5)):
+        if speed not in row:
+            continue
+        if not _at_least(row.get(amount), 0) or not _at_least(row[speed], 0):
+            found.append(f"{speed!r} and {amount!r} must be numbers >= 0, got {row[speed]!r} and {row.get(amount)!r}")
+            continue
+        exact = row[amount] / median * 1e6 / unit
+        if not math.isclose(row[speed], exact, rel_tol=1e-2, abs_tol=rounded):
+            found.append(f"{speed!r} is {row[speed]}, but {amount!r} over the time is {exact:.4g}")
     return found
 
 

@@ -35,7 +35,7 @@ class Suite:
 SUITES = {
     "lab": Suite("ops.lab", "RGB ↔ Lab: OpenCV, kornia, scikit-image, torch.compile", (45, 6)),
     "loss": Suite("ops.loss", "colour cross-entropy and gradient: dense soft targets, torch.compile", (60, 8)),
-    "mean_field": Suite("ops.mean_field", "the field over 313 labels: pydensecrf, windowed PyTorch", (120, 8)),
+    "mean_field": Suite("ops.mean_field", "the field over 313 labels: pydensecrf, windowed PyTorch", (150, 8)),
     "render": Suite("ops.render", "chroma upsampling and Lab → RGB or U, V: OpenCV, kornia", (60, 6)),
     "annealed_mean": Suite("ops.annealed_mean", "logits to colours: unfused PyTorch, torch.compile", (30, 6)),
     "network": Suite("network", "the colour network: an eccv16-shaped network, torch.compile", (90, 8)),

@@ -13,7 +13,7 @@ import torch
 COPY = "plain copy"
 PRODUCT = "matrix product"
 
-NEIGHBORS = 9  # low-resolution pixels that the rendering weighs
+NEIGHBORS = 4  # low-resolution pixels with a share in a pixel: the tents of the others of the 3×3 are 0
 
 
 def rgb_to_lab(pixels: int) -> int:
@@ -29,6 +29,15 @@ def lab_to_rgb(pixels: int) -> int:
 def render(pixels: int) -> int:
     # each neighbour: difference, square, scale, exponential, times its tent, two colours and the sum of weights
     return pixels * (NEIGHBORS * 10 + 2) + lab_to_rgb(pixels)
+
+
+def render_uv(samples: int, luma: int) -> int:
+    """`samples` of each chroma plane, from so many of luma."""
+    # luma is weighed and summed; the lightness of its mean: transfer 3, root, scale and offset
+    # a colour: f of L, a and b 2 each; cubes 3 × 2; matrix 9 + 6; transfer 3 × 3; its luma 3 + 2
+    # three colours, and of two of them the lightness; differences 3, their room 3 × 2, the least 2; U and V 3 each
+    lightness, colour = 3 + 1 + 2, 6 + 6 + 15 + 9 + 5
+    return 2 * luma + samples * (NEIGHBORS * 10 + 2 + 3 * (lightness + colour) + 3 + 6 + 2 + 6)
 
 
 def mean_field(pixels: int, labels: int, rank: int, neighbors: int, sweeps: int) -> int:

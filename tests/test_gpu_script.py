@@ -60,6 +60,16 @@ def test_goes_on_after_a_failure(tmp_path):
     assert len(list((tmp_path / "results").glob("lab--*--cpu.json"))) == 1
 
 
+def test_a_suite_whose_package_is_missing_is_left_out(tmp_path):
+    python = tmp_path / "python"
+    cases = '"-m pytest "*) exit ;; "-c import av") exit 1 ;;'
+    python.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    ran = dry_run(tmp_path / "results", str(python), "--suites", "video")
+    assert ran.returncode == 0 and "LEFT OUT  benchmark video: av is missing" in ran.stdout
+    assert not list((tmp_path / "results").iterdir())
+
+
 def test_nothing_begins_when_the_time_is_over(tmp_path):
     ran = dry_run(tmp_path / "results", sys.executable, "--seconds", "0")
     assert ran.returncode == 1 and "LEFT OUT  benchmark lab, after 0 s" in ran.stdout

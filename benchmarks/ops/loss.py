@@ -20,7 +20,6 @@ from fastcolor.reference import cross_entropy as reference
 
 from .. import timing, work
 from ..timing import Candidate
-from .mean_field import peak_memory
 
 BINS = ColorBins()
 SIZES = {"cpu": [(16, 32, 32), (16, 64, 64)], "cuda": [(64, 64, 64)]}
@@ -97,8 +96,7 @@ def table(title: str, moved: int, operations: int, contestants, exact: Tensor, b
             candidate.why_not = f"off by {candidate.error:.2g} of the largest, more than {bound:g}"
             continue
         candidate.run = run
-        if options.device == "cpu":
-            peaks[name] = peak_memory(lambda run=run: run(0))
+        peaks[name] = timing.peak(lambda run=run: run(0), options.device)
     able = [c for c in candidates if c.run]
     times = timing.measure(able, options.device, rounds=3 if options.quick else 9, calls=4)
     op = "head_cross_entropy" if "last layer" in title else "color_cross_entropy"

@@ -46,7 +46,7 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BOUND = {"float32": 1e-5, "bfloat16": 2**-8}  # of a marginal, else it is not timed; 16 bits round it once
 AB_BOUND = 0.02  # of ab units
 BAND = 64  # rows of the oracle at a time, for its memory
-SLOW = 2.0  # seconds of a first call from which that one is the measurement
+SLOW = 8.0  # seconds of a first call, fresh memory and all, from which that one is the measurement
 
 
 @dataclass

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+_ONNX_ALONE = ("size", "sweeps", "mrf", "vividness", "temperature")
+
 
 def export(
+    context: typer.Context,
     weights: Annotated[Path, typer.Argument(help="Weights of `fastcolor train`, or `bundled`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors|OUT.onnx", help="The file to write.")],
     dtype: Annotated[
@@ -42,6 +45,9 @@ def export(
         _refuse(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}", 2)
     if out.suffix not in (".safetensors", ".onnx"):
         _refuse(f"{out}: must end in .safetensors or .onnx", 2)
+    for name in ("dtype",) if out.suffix == ".onnx" else _ONNX_ALONE:
+        if context.get_parameter_source(name).name != "DEFAULT":
+            _refuse(f"--{name} means nothing for {out.suffix}, see fastcolor export --help", 2)
     if out.exists() and not overwrite:
         _refuse(f"{out}: exists; --overwrite replaces it", 2)
     if weights == Path("bundled") and not weights.exists():

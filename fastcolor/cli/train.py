@@ -98,7 +98,7 @@ def train(
     from fastcolor.training.data import DataError
     from fastcolor.training.distributed import TeamError, is_lead
     from fastcolor.training.plan import dry_run as plan
-    from fastcolor.training.state import TrainingError
+    from fastcolor.training.state import STATE, TrainingError
 
     expected = (
         ConfigError, DataError, TrainingError, CheckpointError, DeviceError, BackendError, ImportError, OSError,
@@ -123,7 +123,8 @@ def train(
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             reporter.progress.stop()
-            typer.echo("stopped before the first step", err=True)
+            saved = (Path(config.out) / STATE).exists()
+            typer.echo(f"stopped at once{'; --resume goes on from the last save' if saved else ''}", err=True)
             raise typer.Exit(130) from None
     if not result.finished:
         raise typer.Exit(130)

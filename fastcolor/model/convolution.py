@@ -33,6 +33,8 @@ def _pays(conv: nn.Conv2d, x: Tensor) -> bool:
         return False
     if conv.kernel_size != (3, 3) or conv.padding != (1, 1) or conv.groups != 1 or conv.bias is not None:
         return False
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or conv.stride not in ((1, 1), (2, 2)):
+        return False
     if not conv.weight.is_contiguous(memory_format=torch.channels_last):
         return False
     halves = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")

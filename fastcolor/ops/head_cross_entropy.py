@@ -82,7 +82,8 @@ def head_cross_entropy(
         features.new_empty(0, labels, *features.shape[2:]), ab[:0], reduction="sum", **{**options, "ignore": part}
     )
     fixed = op.kernel_options(bins, neighbors, sigma)
-    return _HeadCrossEntropy.apply(features, weight, bias, ab, weights, ignore, reduction == "mean", fixed)
+    with torch.autocast(features.device.type, enabled=False):  # the types are those of features, sums are float32
+        return _HeadCrossEntropy.apply(features, weight, bias, ab, weights, ignore, reduction == "mean", fixed)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

@@ -163,11 +163,11 @@ class ColorTask(nn.Module):
         ab = F.interpolate(predict_ab(output, self.bins), truth.shape[-2:], mode="bilinear", align_corners=False)
         color = lab_to_rgb(torch.cat((L, ab), 1), dtype=torch.uint8)
         grey = lab_to_rgb(torch.cat((L, torch.zeros_like(ab)), 1), dtype=torch.uint8)
-        # a colourless truth cannot come up: greyscale files are left out
+        # without any error it counts as 100 dB, so that the mean stays finite
         values = {
             "val_loss": loss.expand(len(truth)),
-            "val_psnr": psnr(color, truth),
-            "val_psnr_grey": psnr(grey, truth),
+            "val_psnr": psnr(color, truth).clamp_max(100),
+            "val_psnr_grey": psnr(grey, truth).clamp_max(100),
             "val_colorfulness": colorfulness(color),
             "val_colorfulness_truth": colorfulness(truth),
         }

@@ -81,6 +81,7 @@ def _drive(run: Run, data: str) -> Result:
     """Epoch after epoch, to the end or to a signal."""
     out, config, reporter, lead = run.out, run.config, run.reporter, run.team.lead
     _tell_start(run, data)
+    _catch_up(run)
     writer = _writer(out, reporter) if lead else None
     result = Result(False, out, run.progress.history, run.problems, out / run.task.file)
     try:
@@ -155,14 +156,31 @@ def run_epoch(run: Run, stop: Stop) -> tuple[dict, Tensor | None] | tuple[None, 
     return entry, grid
 
 
+def _lines(run: Run) -> str:
+    return "".join(json.dumps(e) + "\n" for e in run.progress.history)
+
+
+def _write_model(run: Run) -> None:
+    run.save_model()
+    with atomic_path(run.out / HISTORY) as temporary:
+        temporary.write_text(_lines(run))
+
+
+def _catch_up(run: Run) -> None:
+    """Writes the model of the last epoch, where a run ended between its state and its model."""
+    if not run.team.lead or not run.progress.history or run.progress.step:
+        return
+    history = run.out / HISTORY
+    if not (run.out / run.task.file).exists() or not history.exists() or history.read_text() != _lines(run):
+        _write_model(run)
+
+
 def _keep(run: Run, entry: dict, grid: Tensor | None, writer) -> None:
     """Writes what a finished epoch leaves; the state first, so that no failure after it loses the epoch."""
     if not run.team.lead:
         return
     run.save_state()
-    run.save_model()
-    with atomic_path(run.out / HISTORY) as temporary:
-        temporary.write_text("".join(json.dumps(e) + "\n" for e in run.progress.history))
+    _write_model(run)
     if grid is not None:
         save_grid(run.out / "samples" / f"epoch_{entry['epoch']:04d}.png", grid)
     if writer is not None:

@@ -50,7 +50,7 @@ from fastcolor.training.state import (
 )
 
 _SAMPLES = 6  # pictures in the grid of each epoch
-_PRIOR_IMAGES = 4000  # how many training images the label statistics are taken from
+_PRIOR_IMAGES = 4000  # how many training images at most the label statistics are taken from
 NAMED = 5  # files that are left out, by name; the others are counted
 _LOOK_EVERY = 10  # steps on a GPU between two looks at the loss: each one waits for the device
 _SMALLEST_SCALE = 1e-3  # of float16 gradients: below, no scale makes them finite
@@ -67,6 +67,8 @@ class Run:
     def __init__(
         self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, measure: bool = True
     ):
+        # the first one's: of a run that goes on it may come from the run's folder, which other machines need not see
+        config = team.share(lambda: config)
         self.config, self.team, self.out = config, team, Path(config.out)
         self.reporter = reporter if team.lead else Silent()
         self.resumed = team.share(self._check)
@@ -183,11 +185,13 @@ class Run:
         at_once = max(1, config.batch_size // team.world // config.accumulate)
         order = InOrder(len(middle), team.rank, team.world)
         self.val_loader = make_loader(middle, order, at_once, min(workers, 2), pin)
-        whole = PhotoCrops(photos.train[:_PRIOR_IMAGES], config.size)
+        # spread over the list: in order of folders, the first ones would be of one class
+        share = min(_PRIOR_IMAGES, len(photos.train))
+        whole = PhotoCrops([photos.train[i * len(photos.train) // share] for i in range(share)], config.size)
         self.prior_loader = make_loader(whole, InOrder(len(whole), team.rank, team.world), at_once, 0, False)
 
     def _measure_prior(self) -> Tensor:
-        """Label probabilities of the training set, [K] float64, from the middle crops of its first images."""
+        """Label probabilities of the training set, [K] float64, from middle crops of images all over it."""
         self.reporter.stage("measuring colours", len(self.prior_loader.dataset))
         counts = torch.zeros(self.bins.count, dtype=torch.float64)
         for batch in self.prior_loader:
@@ -272,6 +276,8 @@ class Run:
             counts = batches.counts(progress.step)
             pieces = list(islice(loader, len(counts)))
             if len(pieces) < len(counts):
+                if self.team.world > 1:  # the others wait for this step's gradient: leaving quietly would hang them
+                    raise TrainingError(f"process {self.team.rank} was stopped while it read; --resume auto goes on")
                 return False
             self._step(pieces, counts)
             waits = self.device.type != "cpu" and progress.step % _LOOK_EVERY and progress.step < batches.steps
@@ -385,8 +391,7 @@ class Run:
             rgb, seeds, labels = self._on_device(batch)
             values, pictures = judged.measure(Batch(rgb, [], seeds, labels))
             for name, each in values.items():
-                # a prediction without any error counts as 100 dB, so that the mean stays finite
-                totals[name] = totals.get(name, 0.0) + each.double().clamp_max(100).sum().item()
+                totals[name] = totals.get(name, 0.0) + each.double().sum().item()
             count += len(rgb)
             if pictures is not None:
                 rows += [row.cpu() for row in pictures[: _SAMPLES - len(rows)]]

@@ -58,7 +58,8 @@ def open_photo(path: str | Path, *, shrink: int = 1) -> pyvips.Image:
     name = f"{inside['file']}!{inside['name']}"
     start, size = (int(n) for n in inside["place"].split(":"))
     try:
-        return open_bytes(os.pread(_handle(inside["file"]), size, start), name, shrink=shrink)
+        file = _opened(inside["file"])  # by this name it stays open while it is read
+        return open_bytes(os.pread(file.handle, size, start), name, shrink=shrink)
     except OSError as error:
         raise ImageError(f"{name}: {error.strerror or error}") from error
 
@@ -136,9 +137,21 @@ def is_packed(path: str | Path) -> bool:
     return inside is not None and inside["file"].endswith(".bin")
 
 
-@lru_cache(maxsize=512)
-def _handle(file: str) -> int:
-    return os.open(file, os.O_RDONLY)
+class _Opened:
+    """A file that is closed when nobody knows of it any more."""
+
+    def __init__(self, file: str):
+        self.handle = os.open(file, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+# Each takes one of the 1024 handles that a process has as a rule; what falls out is opened again.
+@lru_cache(maxsize=256)
+def _opened(file: str) -> _Opened:
+    return _Opened(file)
 
 
 @lru_cache(maxsize=512)

@@ -72,6 +72,9 @@ BREAKS = {
     "row 0: 'median_us' must be a time": lambda d: d["rows"][0].update(median_us=-1.0),
     "row 1: 'iqr_us' must be a number": lambda d: d["rows"][1].update(iqr_us=None),
     "row 0: 'GB_per_s' is 7": lambda d: d["rows"][0].update(GB_per_s=7.0),
+    "row 0: 'TFLOP_per_s' is 0.0008": lambda d: d["rows"][0].update(operations=1000, TFLOP_per_s=0.0008),
+    "row 0: 'GB_per_s' and 'bytes' must be numbers": lambda d: d["rows"][0].pop("bytes"),
+    "row 1: must be an object": lambda d: d["rows"].__setitem__(1, "row"),
     "row 2: not measured, and does not say why": lambda d: d["rows"][2].pop("why"),
     "row 2: not measured, yet has 'samples'": lambda d: d["rows"][2].update(samples=3),
 }

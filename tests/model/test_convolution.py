@@ -61,5 +61,9 @@ def test_what_is_left_to_pytorch():
     assert convolution._pays(made(128, 256, 2), x[:, :128])
     assert not convolution._pays(made(512, 512, 1, torch.contiguous_format), x)
     assert not convolution._pays(nn.Conv2d(512, 512, 1, bias=False).to(memory_format=torch.channels_last), x)
+    for options in ({"dilation": 2}, {"padding_mode": "reflect"}, {"stride": (1, 2)}, {"bias": True}):
+        other = nn.Conv2d(512, 512, 3, **{"padding": 1, "bias": False, **options}).to(memory_format=torch.channels_last)
+        assert not convolution._pays(other, x)
+        assert torch.equal(convolve(other, x), other(x))
     with torch.no_grad():
         assert not convolution._pays(made(512, 512, 1), x)

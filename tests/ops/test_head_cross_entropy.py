@@ -99,3 +99,16 @@ def test_errors(change, message):
     arguments = {"features": features.requires_grad_(), "weight": weight, "bias": bias, "ab": ab, **change}
     with pytest.raises(ValueError, match=message):
         fastcolor.head_cross_entropy(**arguments)
+
+
+def test_autocast_leaves_it_alone():
+    """Sums over pixels in bfloat16 would lose what float32 features have."""
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        *inputs, ab = problem(ColorBins())
+        inputs = [x.requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            fastcolor.head_cross_entropy(*inputs, ab).backward()
+        found.append([x.grad for x in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

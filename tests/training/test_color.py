@@ -6,6 +6,7 @@ import torch
 
 from fastcolor.training.color import ColorTask, split_lab
 from fastcolor.training.config import TrainConfig
+from fastcolor.training.data import Batch
 
 
 def crops(count=6, size=64):
@@ -24,6 +25,17 @@ def test_film_changes_what_is_seen_and_nothing_else():
     assert torch.equal(task.eval()._seen(rgb, seeds)[0], L)  # what is validated is whole
     plain = ColorTask(replace(task.config, degrade=0.0), ()).train()
     assert torch.equal(plain._seen(rgb, seeds)[0], L)
+
+
+def test_what_is_measured():
+    """Grey that is right counts as 100 dB; nothing else has a bound."""
+    plain = torch.full((1, 64, 64, 3), 128, dtype=torch.uint8)
+    vivid = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    vivid[:, :32, :, 0], vivid[:, 32:, :, 2] = 255, 255
+    task = ColorTask(TrainConfig(), ()).eval()
+    values, _ = task.measure(Batch(torch.cat((plain, vivid)), [], torch.zeros(2), torch.zeros(2)))
+    assert values["val_psnr_grey"][0] == 100 and values["val_psnr_grey"][1] < 20
+    assert values["val_colorfulness_truth"][0] == 0 and values["val_colorfulness_truth"][1] > 200
 
 
 def test_without_fusion_the_deep_layers_are_left_alone():

@@ -25,7 +25,8 @@ from fastcolor.training import memory
 from fastcolor.training.average import Average
 from fastcolor.training.color import split_lab
 from fastcolor.training.config import TrainConfig
-from fastcolor.training.data import DataError
+from fastcolor.training.data import Batch, DataError
+from fastcolor.training.distributed import Team
 from fastcolor.training.loop import train
 from fastcolor.training.plan import dry_run
 from fastcolor.training.report import Silent, Stop
@@ -322,6 +323,24 @@ def test_a_kill_in_the_middle_of_an_epoch_is_made_good(photos, tmp_path):
     assert not (tmp_path / "parts" / ".state-abc.pt").exists()
 
 
+def test_a_kill_between_the_state_and_the_model_is_made_good(photos, tmp_path, monkeypatch):
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+
+    def full(run):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as change:
+        change.setattr(Run, "save_model", full)
+        with pytest.raises(OSError, match="no space left"):
+            train(photos, config)
+    assert (tmp_path / "run" / "state.pt").exists() and not (tmp_path / "run" / "model.safetensors").exists()
+    result = train(photos, replace(config, resume="yes"))
+    assert result.finished and load_checkpoint(result.model).notes["epochs"] == 1
+    assert [json.loads(line) for line in (result.out / "history.jsonl").read_text().splitlines()] == result.history
+    before = result.model.stat().st_mtime_ns
+    assert train(photos, replace(config, resume="yes")).model.stat().st_mtime_ns == before  # all is there
+
+
 def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
     assert train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run"), resume="auto")).finished
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -329,6 +348,34 @@ def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [s["epoch"] for s in starts] == [0, 1] and starts[0]["torch"] == torch.__version__
     assert starts[0]["fingerprint"] == starts[1]["fingerprint"] and starts[0]["seed"] == 0
+
+
+def test_colours_are_measured_all_over_the_list(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastcolor.training.run._PRIOR_IMAGES", 4)
+    run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), measure=False)
+    names = [p.removeprefix(f"{scenes}/train/") for p in run.prior_loader.dataset.files]
+    assert names == ["a/airfield/0.png", "a/airfield/3.png", "coast/0.png", "coast/3.png"]
+
+
+def test_validation_gives_means_as_they_are(photos, tmp_path, monkeypatch):
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent())
+    measured = iter((150.0, 250.0, 350.0))
+    monkeypatch.setattr(
+        type(run.task), "measure", lambda task, batch: ({"x": torch.full((len(batch.rgb),), next(measured))}, None)
+    )
+    batches = [Batch(torch.zeros(n, 64, 64, 3), [], torch.zeros(n), torch.zeros(n)) for n in (3, 1, 4)]
+    monkeypatch.setattr(run, "_batches", lambda loader, stop: batches)
+    assert run.validate(Stop()) == ({"x": (3 * 150 + 250 + 4 * 350) / 8}, None)
+
+
+def test_all_processes_follow_the_configuration_of_the_first(photos, tmp_path):
+    class Follower(Team):
+        def share(self, make):
+            found = make()
+            return replace(found, batch_size=3) if isinstance(found, TrainConfig) else found
+
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent(), Follower(), measure=False)
+    assert run.config.batch_size == 3 and run.batches.batch_size == 3
 
 
 def keep_statistics(run):
@@ -387,7 +434,7 @@ def test_the_average_is_what_is_validated_and_saved(photos, tmp_path):
     run.save_model()
     saved = load_checkpoint(tmp_path / "run" / "model.safetensors").network.state_dict()
     assert torch.equal(saved[name], average[name])
-    # of three updates w1, w2, w3 with decays 1/10, 2/11, 3/12, by hand
+    # of three updates w1, w2, w3 with decays 1/20, 2/21, 3/22, by hand
     other = Average(torch.nn.Linear(1, 1, bias=False), 0.5)
     other.module.weight.fill_(1.0)
     module = torch.nn.Linear(1, 1, bias=False)
@@ -395,7 +442,7 @@ def test_the_average_is_what_is_validated_and_saved(photos, tmp_path):
     for n, value in enumerate((2.0, 3.0, 5.0)):
         torch.nn.init.constant_(module.weight, value)
         other.update(module, n)
-        decay = (1 / 10, 2 / 11, 3 / 12)[n]
+        decay = (1 / 20, 2 / 21, 3 / 22)[n]
         expected = decay * expected + (1 - decay) * value
     assert other.module.weight.item() == pytest.approx(expected)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -58,6 +59,15 @@ def test_large_photos_of_a_tar_are_decoded_small(tmp_path):
     assert open_photo(member, shrink=8).width == 80 and open_photo(member).width == 640
 
 
+def test_more_tars_than_files_may_be_open(photos, tmp_path):
+    file = find_images(photos)[0]
+    members = [list_tars([tar_of([file], tmp_path / f"{i:03d}.tar", photos)])[0] for i in range(300)]
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(2):
+        assert all(open_photo(m).width == 64 for m in members)
+    assert len(os.listdir("/dev/fd")) <= before + 256
+
+
 def test_tar_errors(photos, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -67,7 +77,7 @@ def test_tar_errors(photos, tmp_path):
     path = tar_of(find_images(photos)[:1], shards / "a.tar", photos)
     (member,) = list_tars([path])
     path.write_bytes(path.read_bytes()[:600])
-    sources._handle.cache_clear()
+    sources._opened.cache_clear()
     with pytest.raises(ImageError, match=r"a\.tar!a/01\.jpg|a\.tar!b/c/00\.png"):
         open_photo(member).copy_memory()
 

@@ -55,6 +55,9 @@ def test_gpu_cells_with_a_file(made):
     cuda["rows"][0] |= {"title": "rgb_to_lab, 3840×2160, uint8 → float32; error", "share_of_floor": 0.85}
     line = report.gpu_page(report.Results([results.Run("lab", "some-gpu", "cuda", cuda)], []))[2]
     assert line.endswith("| Some GPU | 34 µs, ours | 85% |")
+    cuda["rows"][0] |= {"title": "network, 128 of 256×256; error", "images_per_s": 20_000.0}
+    lines = report.gpu_page(report.Results([results.Run("network", "some-gpu", "cuda", cuda)], []))
+    assert any(line.endswith("| Some GPU | 50 µs, ours | 85% |") for line in lines), "of one picture, not of 128"
 
 
 def test_page(made):
@@ -76,6 +79,19 @@ def test_losses_are_listed(made):
     made.runs[0].rows[1]["median_us"] = 9.0
     (line,) = report.losses(made)
     assert "OpenCV float32 takes 0.90–3.4 times our best" in line
+
+
+def test_losses_of_the_slowest_of_ours_and_of_a_gpu_are_listed():
+    lab = data(ours=10, peer=30, iqr=0) | {"device": "cuda", "gpu": "Some GPU"}
+    lab["rows"].append({**lab["rows"][0], "candidate": "ours, another way", "median_us": 40.0})
+    lab["rows"].append({**lab["rows"][0], "candidate": "ours, a third", "median_us": 20.0})
+    lines = report.losses(report.Results([results.Run("lab", "some-gpu", "cuda", lab)], []))
+    assert lines == ["- a table, 1×1 (Some GPU): peer takes 0.75 times ours, another way."]
+
+
+def test_one_call_has_no_spread(made):
+    made.runs[0].rows[1] |= {"samples": 1, "iqr_us": 0.0}
+    assert "| OpenCV float32 | 31 µs | one call | " in report.page(made, {})
 
 
 def test_readme_block_is_replaced(made):
