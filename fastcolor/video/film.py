@@ -204,8 +204,8 @@ class _Film:
                 self._check_container(form, encoding)
             if encoding.pixels.bits < info.bits:
                 summary.notes.append(f"luma goes from {info.bits} to {encoding.pixels.bits} bits ({options.codec})")
-            if info.colours.transfer in HDR:
-                summary.notes.append(f"the film is {HDR[info.colours.transfer]}: colours are made as for BT.709's transfer")
+            if (hdr := HDR.get(info.colours.transfer)) is not None:
+                summary.notes.append(f"the film is {hdr}: colours are made as for BT.709's transfer")
             if info.aspect not in (None, 1) and form in ("matroska", "webm") and encoding.codec not in ASPECT_INSIDE:
                 summary.notes.append(
                     f"samples of {info.aspect.numerator}:{info.aspect.denominator} are not noted: {encoding.codec} in "
