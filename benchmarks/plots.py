@@ -78,16 +78,17 @@ def roofline(runs: list[Run], device: str, pyplot):
         return None
     copy = max(limit["copy_GB_per_s"] for limit in limited)
     product = {k: max(limit[f"{k}_TFLOP_per_s"] for limit in limited) * 1e3 for k in ("float32", "bfloat16")}
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     low, high = min(p["x"] for p in points) / 3, max([p["x"] for p in points] + [product["bfloat16"] / copy]) * 3
     for (kind, most), style in zip(product.items(), ("-", "--"), strict=True):
         knee = most / copy
         axes.plot([low, knee, high], [low * copy, most, most], style, color="#777777", linewidth=1)
         axes.annotate(f"{kind} matrix product, {most:,.0f} GFLOP/s", (high, most), ha="right", va="bottom", fontsize=7)
     axes.annotate(f"copy, {copy:.0f} GB/s", (low * 1.1, low * copy * 1.5), fontsize=7, rotation=30)
-    for i, p in enumerate(sorted(points, key=lambda p: p["x"])):
-        axes.plot(p["x"], p["y"], "o", color=_COLORS[i % len(_COLORS)], markersize=5)
-        axes.annotate(p["name"], (p["x"], p["y"]), xytext=(5, -3 + 7 * (i % 2)), textcoords="offset points", fontsize=7)
+    for i, p in enumerate(sorted(points, key=lambda p: p["x"])):  # many lie close together: a legend, not labels
+        marker = "osD^v"[i // len(_COLORS) % 5]
+        axes.plot(p["x"], p["y"], marker, color=_COLORS[i % len(_COLORS)], markersize=6, label=p["name"])
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations a byte (by the definition)")
     axes.set_ylabel("GFLOP/s")
     what = "the best of ours for each operation at its largest size"
@@ -139,7 +140,8 @@ def scaling(runs: list[Run], device: str, pyplot):
                 axes.minorticks_off()
         else:
             axes.set_ylim(bottom=0)
-        axes.legend(fontsize=6, frameon=False)
+        axes.margins(y=0.25)  # for the legend
+        axes.legend(fontsize=6, frameon=False, loc="best")
     law = "dotted: the law, through the largest value, for threads through one thread, an affine one through both ends"
     return figure, f"How costs grow on {run.hardware} ({law})"
 
