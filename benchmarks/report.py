@@ -108,16 +108,17 @@ CPU_TARGETS = [
     Target("training, 256×256, over scikit-image in the loader and eager float32", "training", r"256×256",
            r"fastcolor.*", r"reference pipeline.*", 3),
 ]  # fmt: skip
+
 # Where the time goes, for targets of a suite that were not surely reached; from the tables of the same suite
 _FRESH = "In the result, which the system hands out anew at each call, page by page, now fast, now slow: {what}"
 WHERE = {
     "mean_field": _FRESH.format(
-        less="162 MB of marginals. The same field to ab has no such result, and is within its target."
+        what="162 MB of marginals. The same field to ab has no such result, and is within its target."
     ),
     "loss": _FRESH.format(
-        less="82 MB of gradient in float32. With a quarter of the pixels a pixel takes less than half."
+        what="82 MB of gradient in float32. With a quarter of the pixels a pixel takes less than half."
     ),
-    "training": "Forward and backward of the network are nine tenths, in oneDNN's convolutions; crops are not waited for.",
+    "training": "Nine tenths are the network's forward and backward, oneDNN's convolutions; no crop is waited for.",
 }
 FRAMES = ("film, 1280×720, decoded and encoded", "video", r"1280×720", 24)  # frames per second
 
