@@ -66,18 +66,18 @@ __device__ void put_global(T* to, const Pack<T, N>& pack) {
 // --- samples and numbers ---------------------------------------------------------------------------------------------
 
 // As they are: integers are not divided by their largest value.
-__device__ float to_float(uint8_t x) { return float(x); }
-__device__ float to_float(uint16_t x) { return float(x); }
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(uint8_t x) { return float(x); }
+__device__ inline float to_float(uint16_t x) { return float(x); }
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // Integers stand for [0, 1].
-__device__ void encode(float c, uint8_t& out) { out = to_level(c, 255.0f); }
-__device__ void encode(float c, uint16_t& out) { out = to_level(c, 65535.0f); }
-__device__ void encode(float c, float& out) { out = c; }
-__device__ void encode(float c, __half& out) { out = __float2half_rn(c); }
-__device__ void encode(float c, __nv_bfloat16& out) { out = __float2bfloat16_rn(c); }
+__device__ inline void encode(float c, uint8_t& out) { out = to_level(c, 255.0f); }
+__device__ inline void encode(float c, uint16_t& out) { out = to_level(c, 65535.0f); }
+__device__ inline void encode(float c, float& out) { out = c; }
+__device__ inline void encode(float c, __half& out) { out = __float2half_rn(c); }
+__device__ inline void encode(float c, __nv_bfloat16& out) { out = __float2bfloat16_rn(c); }
 
 inline int bytes_of(Sample sample) { return sample == Sample::kUint8 ? 1 : sample == Sample::kFloat32 ? 4 : 2; }
 
