@@ -43,3 +43,11 @@ def test_compiles_without_spills(source, tmp_path):
         print(f"{arch:7} {registers:>3} registers {spilled:>3} spilled {static:>5} static shared  {readable(name)}")
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.stderr)
     assert kernels and all(set(k) == {"0"} for k in kernels), built.stderr
+
+
+def test_functions_of_headers_are_inline():
+    """Two sources that include one without it compile, and cannot be linked."""
+    text = "".join(path.read_text() for path in sorted(KERNELS.rglob("*.h")))
+    functions = re.findall(r"^(template.*\n)?(__(?:device|host)__ .*\()", text, re.MULTILINE)
+    assert functions
+    assert not [f for template, f in functions if not template and "inline" not in f]
