@@ -34,7 +34,7 @@
 #endif
 
 #define __global__ static
-#define __device__ inline
+#define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
