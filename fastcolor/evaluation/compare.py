@@ -49,7 +49,7 @@ GREY, MEAN, ORACLE = "grey (ab = 0)", "training mean colour", "nearest bin (orac
 NOT_COMPUTED = {"lpips": "not computed: no weights at hand", "fid": "not computed: no weights at hand"}
 _JOINT = ColorBins("joint")
 _SMALLEST = 11  # pixels a side: SSIM's window
-_PACKAGES = ("fastcolor", "torch", "numpy", "pyvips", "pyvips-binary")
+_PACKAGES = ("fastcolor", "torch", "numpy", "pyvips", "pyvips-binary", "av")
 _BEST = 6  # pictures shown of the best, and of the worst
 _CHANCE = 12  # pictures shown that chance chose
 _THUMBNAIL = 320  # longest side of pictures in the report, pixels
@@ -270,7 +270,7 @@ def read_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _jpeg(rgb: Tensor) -> bytes:
+def jpeg(rgb: Tensor) -> bytes:
     """[3, H, W] uint8, shrunk for the report; chroma at full resolution, since it is what is looked at."""
     image = libvips().Image.new_from_array(rgb.permute(1, 2, 0).contiguous().cpu().numpy(), interpretation="srgb")
     scale = _THUMBNAIL / max(image.width, image.height)
@@ -297,7 +297,7 @@ class Gallery:
         if not (good or bad or number in self.drawn):
             return
         captions = ["grey", *(name for name, _ in colored), "truth"]
-        pictures = [_jpeg(rgb) for rgb in (grey, *(rgb for _, rgb in colored), truth.rgb)]
+        pictures = [jpeg(rgb) for rgb in (grey, *(rgb for _, rgb in colored), truth.rgb)]
         shown = Shown(truth.name, captions, pictures, values)
         # the number keeps heaps from comparing pictures
         for wanted, heap, key in ((good, self.best, score), (bad, self.worst, -score)):
@@ -363,12 +363,12 @@ class Comparison:
     def add(self, batch: list[tuple[int, str, np.ndarray]]) -> None:
         """Pictures (number, name, [H, W, 3] uint8) of one key."""
         truths = [self._truth(name, pixels) for _, name, pixels in batch]
-        greys = [_with_color(t, t.lab.new_zeros(2)) for t in truths]
+        greys = [with_color(t.lab, t.lab.new_zeros(2)) for t in truths]
         for grey, truth in zip(greys, truths, strict=True):
             self.true_color.append(colorfulness(truth.rgb).item())
             self.grey.add(grey, truth)
             if self.mean is not None:
-                self.mean.add(_with_color(truth, self.mean_ab.to(truth.lab)), truth)
+                self.mean.add(with_color(truth.lab, self.mean_ab.to(truth.lab)), truth)
         self._add_oracle(truths)
         shown = [self._add_model(m, truths) for m in self.models]  # for each model [pictures]
         if self.gallery is not None:
@@ -463,10 +463,10 @@ def _full_size(ab: Tensor, guide: Tensor, scales: list, truths: list[Truth]) -> 
     ]
 
 
-def _with_color(truth: Truth, ab: Tensor) -> Tensor:
-    """The picture's lightness with one colour [2] everywhere: [3, H, W] uint8."""
-    plane = ab[:, None, None].expand(2, *truth.lab.shape[1:])
-    return lab_to_rgb(torch.cat((truth.lab[:1], plane)), dtype=torch.uint8, gamut="preserve_lightness")
+def with_color(lab: Tensor, ab: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """A picture's lightness, of its Lab [3, H, W], with one colour [2] everywhere: RGB [3, H, W]."""
+    plane = ab[:, None, None].expand(2, *lab.shape[1:])
+    return lab_to_rgb(torch.cat((lab[:1], plane)), dtype=dtype, gamut="preserve_lightness")
 
 
 def evaluate(
@@ -549,13 +549,6 @@ def evaluate(
 
 def protocol(models, comparison: Comparison, data, split, files, sizes, side, pixels: str) -> dict:
     """All that the figures depend on, in plain types."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     short = sorted(min(s) for s in sizes)
     return {
         "pictures": len(sizes),
@@ -571,11 +564,28 @@ def protocol(models, comparison: Comparison, data, split, files, sizes, side, pi
         "psnr": "of each picture over RGB, then the mean; equal pictures count as 100 dB",
         "auc": "ab error up to 0 … 150; raw: mean over pictures; rebalanced: over all pixels",
         "rebalanced_by": None if comparison.balance is None else comparison.balance[2],
-        "training_mean_color": None
-        if comparison.mean_ab is None
-        else {"ab": [round(x, 4) for x in comparison.mean_ab.tolist()], "prior_of": comparison.prior_from},
+        "training_mean_color": described_mean(comparison.mean_ab, comparison.prior_from),
         "bin_cross_entropy": "nats; of the network, vividness included; _field: of the mean field's marginals",
         "confidence_intervals": CONFIDENCE_BINS,
+        **described(models),
+    }
+
+
+def described_mean(ab: Tensor | None, prior_from: str | None) -> dict | None:
+    """The baseline's colour [2], and whose it is."""
+    return None if ab is None else {"ab": [round(x, 4) for x in ab.tolist()], "prior_of": prior_from}
+
+
+def described(models: Sequence[Model]) -> dict:
+    """Models and what they ran on, in plain types."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
         "models": [
             {
                 "name": m.name,
