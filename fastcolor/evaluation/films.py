@@ -46,6 +46,7 @@ FILMS = frozenset(
     }
 )  # fmt: skip
 TRUTH = "truth"
+ALONE_WORDS = "each frame alone"
 ALONE = VideoOptions(temporal=0, keyframes=1)  # each frame by itself
 SECONDS = 10.0  # of each film, where nothing else is asked for
 _BLOCK = 4  # frames that are held at a time, in floats: one of 4K is 100 MB
@@ -94,7 +95,7 @@ def ways(models: Sequence[Model], options: VideoOptions, mean: bool) -> list[Way
     found = [Way(GREY), *([Way(MEAN)] if mean else [])]
     for m in models:
         found += [Way(m.name, m, v, replace(options, lookahead=_BLOCK)) for v in m.vividness]
-        found.append(Way(f"{m.name}, each frame alone", m, m.shown, replace(ALONE, lookahead=_BLOCK)))
+        found.append(Way(f"{m.name}, {ALONE_WORDS}", m, m.shown, replace(ALONE, lookahead=_BLOCK)))
     return [*found, Way(TRUTH)]
 
 
@@ -112,7 +113,8 @@ def find_films(data: Path) -> list[Path]:
 
 def has_photos(data: Path) -> bool:
     """Whether a folder is one of photos, in files, tars or a pack, for `compare.evaluate`."""
-    return data.is_dir() and ((data / PACK).exists() or bool(find_images(data) or find_tars(data)))
+    tars = any(find_tars(folder) for folder in (data, data / "train", data / "val"))
+    return tars or (data.is_dir() and ((data / PACK).exists() or bool(find_images(data))))
 
 
 def film_frames(reader: Reader, side: int | None = None, seen: Callable[[np.ndarray], object] | None = None):
@@ -130,9 +132,9 @@ def film_frames(reader: Reader, side: int | None = None, seen: Callable[[np.ndar
             yield pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
-def _has_color(path: Path, end: float | None, deinterlace: bool | None) -> bool:
+def _has_color(path: Path, **options) -> bool:
     """Whether one of its frames has any: most often the first."""
-    with Reader(str(path), end=end, deinterlace=deinterlace, rgb=True) as reader:
+    with Reader(str(path), rgb=True, **options) as reader:
         return any(not is_grey(p.rgb.numpy()) for p in reader.frames() if isinstance(p, Picture))
 
 
@@ -244,8 +246,8 @@ class _Found:
 class _Films:
     """The evaluation of one film after the other."""
 
-    def __init__(self, models, options, seconds, side, deinterlace, pictures, advance):
-        self.models, self.end, self.side, self.deinterlace = models, seconds, side, deinterlace
+    def __init__(self, models, options: VideoOptions, reading: dict, side, pictures, advance):
+        self.models, self.reading, self.side = models, reading, side
         self.pictures, self.advance = pictures, advance
         found = prior_of(models, joint=False)
         self.mean_ab = None if found is None else mean_color(found[0], found[1]).float()
@@ -262,9 +264,9 @@ class _Films:
     @torch.inference_mode()
     def film(self, path: Path, name: str, stage: Callable[[int], None]) -> _Found:
         """Raises VideoError where it cannot be read, or compared."""
-        if not _has_color(path, self.end, self.deinterlace):
+        if not _has_color(path, **self.reading):
             raise VideoError(NO_COLOR)
-        with Reader(str(path), end=self.end, deinterlace=self.deinterlace, rgb=True) as reader:
+        with Reader(str(path), rgb=True, **self.reading) as reader:
             info = reader.info
             stage(info.frames)
             album = _Album(self.ways, self.shown, _stills_of(info.frames)) if self.pictures else None
@@ -320,6 +322,7 @@ def evaluate_films(
     data: Path,
     *,
     options: VideoOptions | None = None,
+    start: float | None = None,
     seconds: float | None = SECONDS,
     limit: int | None = None,
     side: int | None = None,
@@ -335,7 +338,7 @@ def evaluate_films(
         models: of `compare.load_models`.
         data: a film, numbered images such as frames/%06d.png, or a folder of films; of train/ and val/ it takes val/.
         options: how films are coloured; the defaults of `fastcolor video` where they are left out.
-        seconds: only so much from the start of each film; None takes all of it.
+        start, seconds: where in each film to begin, and how much of it to take; None begins at 0, and takes all.
         limit: only the first so many films.
         side: films whose short side is longer are shrunk to it first; None leaves them.
         deinterlace: as of `Reader`.
@@ -349,7 +352,8 @@ def evaluate_films(
     if not files:
         raise EvaluationError(f"{data}: no films in it ({', '.join(sorted(FILMS))})")
     options = options or VideoOptions()
-    work = _Films(models, options, seconds, side, deinterlace, pictures, advance)
+    end = None if seconds is None else (start or 0) + seconds
+    work = _Films(models, options, {"start": start, "end": end, "deinterlace": deinterlace}, side, pictures, advance)
     problems, found = Problems(), []
     for i, path in enumerate(files):
         name = path.relative_to(data).as_posix() if path != data else path.name
@@ -375,7 +379,7 @@ def evaluate_films(
         row["psnr_gain_error"] = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
     rows[-1]["psnr"] = rows[-1]["psnr_gain"] = rows[-1]["psnr_gain_error"] = None
     record = {
-        "protocol": _protocol(work, data, files, found, options, seconds, side),
+        "protocol": _protocol(work, data, files, found, options, (start or 0, seconds), side),
         "left_out": {"counts": dict(problems.counts()), "files": problems.reasons},
         "rows": rows,
         "films": [f.record for f in found],
@@ -383,14 +387,15 @@ def evaluate_films(
     return FilmEvaluation(record, [f.shown for f in found if f.shown is not None])
 
 
-def _protocol(work: _Films, data: Path, files: list[Path], found: list[_Found], options, seconds, side) -> dict:
+def _protocol(work: _Films, data: Path, files: list[Path], found: list[_Found], options, part, side) -> dict:
     """All that the figures depend on, in plain types."""
     how = {k: v for k, v in asdict(options).items() if k not in ("lookahead", "low_latency")}
     return {
         "films": len(found),
         "frames": sum(f.record["frames"] for f in found),
         "data": data.name or str(data),
-        "seconds_of_each_at_most": seconds,
+        "start_of_each": part[0],
+        "seconds_of_each_at_most": part[1],
         "fingerprint": {"names": fingerprint(files), "pixels": work.pixels.hexdigest()[:16]},
         "shrunk_to_short_side": side,
         "color_space": "decoded frames by their matrix and range to 8-bit sRGB; results floating, not encoded",
