@@ -29,6 +29,7 @@ th { font-weight: 600; vertical-align: bottom; white-space: normal; line-height:
 th:first-child, td:first-child { text-align: left }
 tr.base td { color: var(--soft) } tr.shown td { background: var(--band); font-weight: 600 } td small { color: var(--soft); font-weight: 400 }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 28px 32px }
+.charts.one { grid-template-columns: minmax(0, 560px) }
 figure { margin: 0 } .charts figcaption { font-size: 13px } figcaption b { color: var(--text) }
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11.5px } .mark { font-size: 10.5px }
 .grid { stroke: var(--line); stroke-width: 1; fill: none } .axis { stroke: var(--soft); stroke-width: 1; fill: none }
@@ -160,28 +161,31 @@ def _figure(svg: str, title: str, text: str) -> str:
     return f"<figure>{svg}<figcaption><b>{title}</b> {text}</figcaption></figure>"
 
 
-def _color_curve(rows: list[dict], models: list[str], key: str, label: str, percent: bool) -> str:
-    """A figure of models over their colourfulness, a dot for each vividness; rows of frames alone are single dots."""
+def _color_curve(rows: list[dict], models: list[str], key: str, label: str, alone: bool = False) -> str:
+    """A figure over colourfulness: a line for each model with a dot for each vividness, and dots of baselines; `alone`
+    puts those of frames by themselves in too."""
+    rows = [r for r in rows if r[key] is not None]
+
+    def place(row: dict) -> tuple[float, float]:
+        return row["colorfulness_ratio"] or 0.0, row[key]
+
     lines = []
     for k, name in enumerate(models):
-        of_model = [r for r in rows if r["name"] == name and not r["baseline"] and r[key] is not None]
-        points = [(r["colorfulness_ratio"] or 0.0, r[key]) for r in of_model]
+        of_model = [r for r in rows if r["name"] == name and not r["baseline"]]
         marks = [_format(r["vividness"], "{:g}") for r in of_model]
-        lines.append(Line(name, points, k % _COLORS, marks=marks))
+        lines.append(Line(name, [place(r) for r in of_model], k % _COLORS, marks=marks))
+        if alone:
+            single = [r for r in rows if r["name"] == f"{name}, {ALONE_WORDS}"]
+            lines += [Line(r["name"], [place(r)], k % _COLORS, True, ["alone"]) for r in single]
     # the oracle lies far above, and would flatten the rest
     for row in rows:
-        single = row.get("each_frame_alone") and row["name"].removesuffix(f", {ALONE_WORDS}") in models
-        if (row["name"] in (GREY, MEAN) or single) and row[key] is not None:
-            color = {GREY: "k", MEAN: "s"}.get(row["name"])
-            if color is None:
-                color = models.index(row["name"].removesuffix(f", {ALONE_WORDS}")) % _COLORS
-            mark = "alone" if single else ""
-            lines.append(Line(row["name"], [(row["colorfulness_ratio"] or 0.0, row[key])], color, marks=[mark]))
-    return line_chart(lines, "colourfulness, share of the truth's", label, percent=(True, percent))
+        if row["name"] in (GREY, MEAN):
+            lines.append(Line(row["name"], [place(row)], "k" if row["name"] == GREY else "s", marks=[""]))
+    return line_chart(lines, "colourfulness, share of the truth's", label, percent=(True, False))
 
 
 def _psnr_curve(rows: list[dict], models: list[str]) -> str:
-    svg = _color_curve(rows, models, "psnr", "PSNR, dB", False)
+    svg = _color_curve(rows, models, "psnr", "PSNR, dB")
     return _figure(svg, "PSNR over colourfulness.", "Numbers are the vividness. Up and to the right is better.")
 
 
@@ -222,8 +226,8 @@ def _reliability_curve(evaluation: Evaluation) -> str:
                    "overconfident.")  # fmt: skip
 
 
-def _sheet(shown: list[Shown]) -> str:
-    wide = " wide" if len(shown[0].pictures) > 4 else ""
+def _sheet(shown: list[Shown], wide: bool = False) -> str:
+    wide = " wide" if wide or len(shown[0].pictures) > 4 else ""
     figures = []
     for s in shown:
         values = [f"{v:.2f} dB" for v in s.psnr] + [""]
@@ -247,15 +251,12 @@ def _pictures(pictures: list[bytes], captions: list[str], text: str) -> str:
 def _films(evaluation: FilmEvaluation) -> Iterator[str]:
     record, protocol = evaluation.record, evaluation.record["protocol"]
     films, most = record["films"], protocol["seconds_of_each_at_most"]
-    count = f"{len(films)} films" if len(films) > 1 else "1 film"
+    what = films[0]["name"] if len(films) == 1 else f"{len(films)} films of {protocol['data']}"
     start = f" from {protocol['start_of_each']:g} s on" if protocol["start_of_each"] else ""
     start += "" if most is None else f", {most:g} s of each at most"
     mean = "; means over films" if len(films) > 1 else ""
     yield "<h2>Films</h2>"
-    yield (
-        f"<p class=soft>{count} of {escape(protocol['data'])}, {protocol['frames']} frames{start}{mean}; "
-        f"{_made(protocol)}</p>"
-    )
+    yield (f"<p class=soft>{escape(what)}, {protocol['frames']} frames{start}{mean}; {_made(protocol)}</p>")
     models = list(_shown(evaluation))
     yield _film_table(evaluation.rows, _shown(evaluation))
     yield (
@@ -267,7 +268,7 @@ def _films(evaluation: FilmEvaluation) -> Iterator[str]:
     yield "<div class=charts>"
     yield _psnr_curve(evaluation.rows, models)
     if any(r["flicker_ratio"] is not None for r in evaluation.rows):
-        svg = _color_curve(evaluation.rows, models, "flicker_ratio", "flicker, of the truth's", False)
+        svg = _color_curve(evaluation.rows, models, "flicker_ratio", "flicker ÷ that of the truth", alone=True)
         yield _figure(svg, "Flicker over colourfulness.", "Numbers are the vividness; alone: each frame by itself. "
                       "Down and to the right is better.")  # fmt: skip
     yield "</div>"
@@ -280,11 +281,11 @@ def _films(evaluation: FilmEvaluation) -> Iterator[str]:
             yield _film_table(film["rows"], _shown(evaluation))
         album = albums.get(film["name"])
         if album is not None:
-            yield _sheet(album.stills) if album.stills else ""
+            yield _sheet(album.stills, wide=True) if album.stills else ""
             text = "The chroma of the middle row of pixels through time, downwards, × 1.5 at one lightness: bands that "
             text += "run across are flicker."
             yield f"<div class='sheet wide'>{_pictures(album.slices, album.captions, text)}</div>"
-        yield f"<div class=charts>{_flicker_in_time(film, _shown(evaluation))}</div>"
+        yield f"<div class='charts one'>{_flicker_in_time(film, _shown(evaluation))}</div>"
 
 
 def _film_table(rows: list[dict], shown: dict[str, float | None]) -> str:
