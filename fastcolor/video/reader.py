@@ -317,8 +317,7 @@ class Reader:
         self._colours = read_colours(frame, self.stream.codec_context.name)
         self._bits = _luma_bits(frame)
         self._kind = (frame.width, frame.height, self._bits)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        self._matrix = None if matrix is None else tuple(np.frombuffer(matrix, np.int32)[:9].tolist())
+        self._matrix = display_matrix(frame)
 
     def _decoded(self) -> Iterator[av.VideoFrame | av.Packet]:
         """Frames as decoded, deinterlaced where wanted."""
@@ -419,6 +418,21 @@ class Reader:
         if self.free:
             self._items.close()
             self.close()
+
+
+def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """The nine numbers that turn a frame upright, as FFmpeg has them."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return None if matrix is None else tuple(np.frombuffer(matrix, np.int32)[:9].tolist())
+    except ValueError:  # beside it lies what this PyAV has no name for, such as the EXIF data of an image
+        return rotation_matrix(frame.rotation) if frame.rotation else None
+
+
+def rotation_matrix(degrees: float) -> tuple[int, ...]:
+    """FFmpeg's display matrix of a rotation, counter-clockwise: 16.16 fixed point, the last number 2.30."""
+    cosine, sine = (round(f(math.radians(degrees)) * 65536) for f in (math.cos, math.sin))
+    return cosine, -sine, 0, sine, cosine, 0, 0, 0, 1 << 30
 
 
 def _kind(kind: tuple[int, int, int]) -> str:
