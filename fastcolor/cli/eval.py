@@ -11,7 +11,7 @@ import typer
 from fastcolor.cli.colorize import _finite
 from fastcolor.cli.video import _seconds
 
-_FILMS = "Films"
+_PHOTOS, _FILMS = "Photos", "Films"
 
 
 def evaluate(
@@ -42,6 +42,23 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures of like size that share a batch.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    lpips: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="AlexNet's weights for LPIPS (torchvision's alexnet-owt-*.pth); else those "
+            "that PyTorch's hub folder holds.",
+            rich_help_panel=_PHOTOS,
+        ),
+    ] = None,
+    fid: Annotated[
+        bool,
+        typer.Option(
+            "--fid/--no-fid",
+            help="FID, where torchmetrics, torch-fidelity and Inception's weights are here.",
+            rich_help_panel=_PHOTOS,
+        ),
+    ] = True,
     start: Annotated[
         str | None,
         typer.Option(callback=_seconds, help="Begin there: 90, 1:30, 0:01:30.5.", rich_help_panel=_FILMS),
@@ -78,7 +95,8 @@ def evaluate(
 
     Every photo is made grey, colored, and compared with itself: PSNR, SSIM, CIEDE2000, colorfulness, AuC (Zhang et
     al. 2016), cross-entropy and calibration of the label distribution. Grey, the training set's mean color and the
-    nearest-bin oracle stand beside the models.
+    nearest-bin oracle stand beside the models. LPIPS and FID need weights of other networks: they are computed where
+    these lie on this machine; nothing is downloaded.
 
     So is every film: PSNR, colorfulness, flicker (change of color where lightness stands still) and CDC (TCVC), with
     their ratios to the truth's. Grey, the mean color, each frame colored alone, and the truth stand beside.
@@ -92,6 +110,7 @@ def evaluate(
     from fastcolor.evaluation.compare import EvaluationError, load_models
     from fastcolor.evaluation.compare import evaluate as run
     from fastcolor.evaluation.films import evaluate_films, find_films, has_photos
+    from fastcolor.evaluation.perceptual import WeightsError, find_perceptual
     from fastcolor.evaluation.report import html
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
@@ -114,8 +133,9 @@ def evaluate(
             models = load_models(weights, levels, device, size, None if mrf_both else mrf)
             has_films = bool(find_films(data))
             if has_photos(data) or not has_films:  # with neither, this says what is missing
+                perceptual = find_perceptual(lpips, models[0].colorizer.device, fid)
                 try:
-                    photos = run(models, data, batch_size=batch_size, **shared)
+                    photos = run(models, data, batch_size=batch_size, perceptual=perceptual, **shared)
                 except EvaluationError as error:
                     if not has_films:
                         raise
@@ -145,7 +165,9 @@ def evaluate(
                 if path is not None:
                     with atomic_path(path) as temporary:
                         temporary.write_text(text(), encoding="utf-8")
-        except (EvaluationError, DataError, CheckpointError, DeviceError, BackendError, ImportError, OSError) as error:
+        except (
+            EvaluationError, DataError, CheckpointError, DeviceError, BackendError, WeightsError, ImportError, OSError,
+        ) as error:  # fmt: skip
             reporter.progress.stop()
             _refuse(str(error), 1)
         except torch.OutOfMemoryError as error:
@@ -208,24 +230,29 @@ def _console():
 
 def _show(record: dict) -> None:
     """The table of photos, and what it is of."""
-    from fastcolor.evaluation.compare import GREY
+    from fastcolor.evaluation.compare import GREY, fid_note
 
     protocol = record["protocol"]
     sides = protocol["short_side"]
+    more = [name for name in ("lpips", "fid") if name in protocol]
     table = _table(
         f"{protocol['pictures']} pictures, short side {sides['least']} to {sides['most']}, 8 bits, whole",
-        ("vivid", "PSNR dB", "above grey", "SSIM", "ΔE2000", "colour", "AuC", "rebalanced", "cross-ent.", "ECE"),
-    )
+        ("vivid", "PSNR dB", "above grey", "SSIM", "ΔE2000", "colour", "AuC", "rebalanced", "cross-ent.", "ECE",
+         *map(str.upper, more)),
+    )  # fmt: skip
     for r in record["rows"]:
         table.add_row(
             r["name"], "" if r["vividness"] is None else f"{r['vividness']:g}", f"{r['psnr']:.2f}",
             "" if r["name"] == GREY else _gain(r), f"{r['ssim']:.3f}", f"{r['delta_e_2000']:.2f}",
             _shown(r["colorfulness_ratio"], "{:.0%}"), f"{r['auc']:.1%}", _shown(r["auc_rebalanced"], "{:.1%}"),
             _shown(r["bin_cross_entropy"], "{:.2f}"), _shown(r["calibration_error"], "{:.3f}"),
+            *(_shown(r[name], "{:.3f}" if name == "lpips" else "{:.2f}") for name in more),
             style="dim" if r["baseline"] else None,
         )  # fmt: skip
     console = _console()
     console.print(table)
+    if note := fid_note(record):
+        console.print(note, highlight=False)
     for name, why in record["not_computed"].items():
         console.print(f"{name.upper()}: {why}", highlight=False)
     _show_left_out(console, record)

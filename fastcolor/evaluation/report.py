@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from fastcolor.evaluation.chart import Line, line_chart
-from fastcolor.evaluation.compare import GREY, MEAN, Evaluation, Shown
+from fastcolor.evaluation.compare import GREY, MEAN, Evaluation, Shown, fid_note
 from fastcolor.evaluation.films import ALONE_WORDS, TRUTH, FilmEvaluation
 
 _COLORS = 6  # of models' lines
@@ -81,7 +81,8 @@ def _photos(evaluation: Evaluation) -> Iterator[str]:
         f"8 bits, whole{without}; {_made(protocol)}</p>"
     )
     yield _table(evaluation)
-    missing = "; ".join(f"{name.upper()} {why}" for name, why in record["not_computed"].items())
+    notes = [fid_note(record), *(f"{name.upper()}: {why}" for name, why in record["not_computed"].items())]
+    missing = " ".join(f"{note}." for note in notes if note)
     yield (
         "<p class=soft>A greyer picture has the better PSNR, so no figure stands for itself: compare rows of like "
         "colourfulness, and each with grey. ± is the standard error over pictures; cross-entropy (nats) and "
@@ -116,6 +117,7 @@ def _shown_rows(evaluation: Evaluation) -> list[dict]:
 def _table(evaluation: Evaluation) -> str:
     heads = ("", "vividness", "PSNR dB", "above grey", "SSIM", "ΔE2000", "colour&shy;fulness", "AuC", "re&shy;balanced",
              "cross-entropy", "ECE")  # fmt: skip
+    more = [name for name in ("lpips", "fid") if name in evaluation.record["protocol"]]
     lines = []
     shown = [id(r) for r in _shown_rows(evaluation)]
     for r in evaluation.rows:
@@ -131,9 +133,10 @@ def _table(evaluation: Evaluation) -> str:
             _format(r["auc_rebalanced"], "{:.1%}"),
             _format(r["bin_cross_entropy"], "{:.2f}"),
             _format(r["calibration_error"], "{:.3f}"),
+            *(_format(r[name], "{:.3f}" if name == "lpips" else "{:.2f}") for name in more),
         )
         lines.append(_row(r, cells, id(r) in shown))
-    return _whole_table(heads, lines)
+    return _whole_table((*heads, *map(str.upper, more)), lines)
 
 
 def _gain(row: dict) -> str:

@@ -20,6 +20,13 @@ def run(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
+@pytest.fixture(autouse=True)
+def empty_hub(tmp_path_factory, monkeypatch):
+    """Whatever this machine has downloaded before."""
+    folder = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder))
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
@@ -57,14 +64,14 @@ def test_table_json_and_page(tmp_path, weights, photos):
                  "--vividness", "0,1")  # fmt: skip
     assert result.exit_code == 0, result.output
     for words in (
-        "grey (ab = 0)", "training mean colour", "nearest bin (oracle)", "LPIPS: not computed: no weights",
+        "grey (ab = 0)", "training mean colour", "nearest bin (oracle)", "LPIPS: not computed: no weights of AlexNet",
         "left out: 1 unreadable", "bad.jpg: not a readable image", "3 pictures, short side 32 to 32",
     ):  # fmt: skip
         assert words in result.output
     record = json.loads((tmp_path / "x" / "a.json").read_text())
     assert [r["vividness"] for r in record["rows"]] == [None, None, 0, 1, None]
     assert record["protocol"]["models"][0]["sha256"] and record["protocol"]["versions"]["torch"] == torch.__version__
-    assert record["not_computed"]["fid"] == "not computed: no weights at hand"
+    assert record["not_computed"]["fid"].startswith("not computed: ") and record["rows"][0]["lpips"] is None
     # the table shows what the file holds
     for r in record["rows"]:
         assert f"{r['psnr']:.2f}" in result.output and f"{r['auc']:.1%}" in result.output
@@ -108,6 +115,25 @@ def test_photos_and_films(tmp_path, weights, photos):
     (folder / "a.mkv").unlink()
     result = run(weights, folder, "--vividness", "0")
     assert result.exit_code == 0 and "no films: " in result.output and "3 pictures" in result.output
+
+
+def test_lpips(tmp_path, weights, photos):
+    pytest.importorskip("torchmetrics")
+    from fastcolor.evaluation.perceptual import AlexNet
+
+    torch.save(AlexNet().state_dict(), tmp_path / "alexnet.pth")
+    result = run(weights, photos, "--vividness", "0", "--lpips", tmp_path / "alexnet.pth", "--no-fid", "--json",
+                 tmp_path / "a.json", "--html", tmp_path / "a.html")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "LPIPS" in result.output and "FID: not computed: not wanted" in result.output
+    record = json.loads((tmp_path / "a.json").read_text())
+    about = record["protocol"]["lpips"]
+    assert about["file"] == "alexnet.pth" and about["pictures"] == 3 and set(record["not_computed"]) == {"fid"}
+    for r in record["rows"]:
+        assert r["lpips"] > 0 and f"{r['lpips']:.3f}" in result.output
+    assert "<th>LPIPS</th>" in (tmp_path / "a.html").read_text()
+    result = run(weights, photos, "--lpips", photos / "bad.jpg")
+    assert result.exit_code == 1 and "bad.jpg: not a file of weights" in result.output.replace("\n", "")
 
 
 @pytest.mark.parametrize("arguments, words", [
