@@ -109,14 +109,16 @@ def evaluate(
     from fastcolor.cli.train import ProgressReporter
     from fastcolor.evaluation.compare import EvaluationError, load_models
     from fastcolor.evaluation.compare import evaluate as run
-    from fastcolor.evaluation.films import evaluate_films, find_films, has_photos
+    from fastcolor.evaluation.films import FILMS, evaluate_films, find_films, has_photos
     from fastcolor.evaluation.perceptual import WeightsError, find_perceptual
     from fastcolor.evaluation.report import html
+    from fastcolor.imaging.vips import SUFFIXES
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
     from fastcolor.ops._backend import BackendError
     from fastcolor.training.data import DataError
     from fastcolor.video.colorizer import VideoOptions
+    from fastcolor.video.reader import is_sequence
 
     *weights, data = inputs
     levels = _levels(vividness)
@@ -131,12 +133,17 @@ def evaluate(
         shared = {"limit": limit, "side": side, "pictures": html_file is not None, **told}
         try:
             models = load_models(weights, levels, device, size, None if mrf_both else mrf)
+            if not data.exists() and not is_sequence(str(data)):
+                raise EvaluationError(f"{data}: no such file or folder, expected photos or films")
             has_films = bool(find_films(data))
-            if has_photos(data) or not has_films:  # with neither, this says what is missing
+            if data.is_dir() and not (has_films or has_photos(data)):
+                kinds = ", ".join(sorted(SUFFIXES)), ", ".join(sorted(FILMS))
+                raise EvaluationError(f"{data}: no images in it ({kinds[0]}), and no films ({kinds[1]})")
+            if not has_films or has_photos(data):
                 perceptual = find_perceptual(lpips, models[0].colorizer.device, fid)
                 try:
                     photos = run(models, data, batch_size=batch_size, perceptual=perceptual, **shared)
-                except EvaluationError as error:
+                except (EvaluationError, DataError) as error:
                     if not has_films:
                         raise
                     reporter.say(f"no photos: {error}")

@@ -115,6 +115,11 @@ def test_photos_and_films(tmp_path, weights, photos):
     (folder / "a.mkv").unlink()
     result = run(weights, folder, "--vividness", "0")
     assert result.exit_code == 0 and "no films: " in result.output and "3 pictures" in result.output
+    film(folder / "a.mkv")
+    for i in range(3):
+        (folder / f"{i}.png").unlink()
+    result = run(weights, folder, "--vividness", "0")
+    assert result.exit_code == 0 and "no photos: " in result.output and "a.mkv: 6 frames" in result.output
 
 
 def test_lpips(tmp_path, weights, photos):
@@ -151,7 +156,8 @@ def test_bad_options(weights, photos, arguments, words):
 def test_bad_paths(tmp_path, weights, photos):
     for arguments, words in (
         ((weights,), "the photos or films come last"),
-        ((weights, tmp_path / "none"), "none: no such folder"),
+        ((weights, tmp_path / "none.mp4"), "none.mp4: no such file or folder, expected photos or films"),
+        ((weights, tmp_path / "%04d.png"), "%04d.png: no such images"),
         ((tmp_path / "none.safetensors", photos), "none.safetensors: no such weights file"),
         ((weights, tmp_path), "no images in it"),
         ((weights, photos, "--json", tmp_path), "is a folder, expected a file name"),
