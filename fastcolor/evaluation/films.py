@@ -182,7 +182,8 @@ class _Album:
     shown: list[int]
     at: set[int]  # numbers of frames
     stills: list[tuple[int, int, bytes, float]] = field(default_factory=list)  # number, way, JPEG, PSNR
-    rows: dict[int, list[Tensor]] = field(default_factory=dict)  # of each way, [2, W] of ab
+    rows: dict[int, Tensor] = field(default_factory=dict)  # of each way, ab [2, _SLICED, W]
+    count: int = 0  # frames so far
 
     def add(self, number: int, way: int, rgb: Tensor, psnr: float) -> None:
         if way not in self.shown:
@@ -190,8 +191,11 @@ class _Album:
         if number in self.at:
             self.stills.append((number, way, jpeg(rgb.mul(255).round().byte()), psnr))
         if number < _SLICED and self.ways[way].name != GREY:
-            row = rgb[:, rgb.shape[1] // 2, None]
-            self.rows.setdefault(way, []).append(rgb_to_lab(row[None])[0, 1:, 0].cpu())
+            if way not in self.rows:  # at once: a small piece for each frame would keep the heap from shrinking
+                self.rows[way] = torch.zeros(2, _SLICED, rgb.shape[2])
+            row = rgb[:, rgb.shape[1] // 2, None].contiguous()
+            self.rows[way][:, number] = rgb_to_lab(row[None])[0, 1:, 0].cpu()
+            self.count = max(self.count, number + 1)
 
     def result(self, name: str, rate: float) -> FilmShown:
         stills = []
@@ -203,7 +207,7 @@ class _Album:
             stills.append(Shown(title, captions, [p for _, p, _ in of_frame], values))
         slices = []
         for way in sorted(self.rows):
-            ab = torch.stack(self.rows[way], 1)  # [2, T, W]
+            ab = self.rows[way][:, : self.count]
             flat = torch.cat((torch.full_like(ab[:1], 65), 1.5 * ab))
             tall = max(1, round(160 / ab.shape[1]))  # pixels of a frame, so that a short film is seen
             picture = lab_to_rgb(flat[None], gamut="preserve_lightness")[0].clamp(0, 1).mul(255).round().byte()
