@@ -16,7 +16,7 @@ import json
 import platform
 import time
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastcolor
-from fastcolor.evaluation.metrics import colorfulness, psnr
-from fastcolor.evaluation.video import color_distribution_consistency, flicker
+from fastcolor.evaluation.films import ALONE, film_frames
+from fastcolor.evaluation.video import FilmFigures, true_frames
 from fastcolor.model.colorizer import BUNDLED, Colorizer
 from fastcolor.video import motion
 from fastcolor.video.colorizer import VideoColorizer, VideoOptions
+from fastcolor.video.reader import Reader
 
 METHODS = {
-    "alone": VideoOptions(temporal=0, keyframes=1),
+    "alone": ALONE,
     "frame before in the field": VideoOptions(temporal=0, keyframes=1, bond=10),
     "scores kept": VideoOptions(keyframes=1),
     "scores kept, no motion": VideoOptions(keyframes=1, motion=False),
@@ -52,16 +53,8 @@ TINY = 1e-5  # of the truth's own; where it has none, figures are given as they 
 
 def clip(path: Path, frames: int) -> list[Tensor]:
     """[3, H, W] in [0, 1] each."""
-    import av
-
-    found = []
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-            found.append(pixels.permute(2, 0, 1).contiguous().float() / 255)
-            if len(found) == frames:
-                break
-    return found
+    with Reader(str(path), rgb=True) as reader:
+        return list(islice(film_frames(reader), frames))
 
 
 def generated(height: int = 288, width: int = 512) -> Tensor:
@@ -155,29 +148,31 @@ def colored(film: list[Tensor], colorizer: Colorizer, options: VideoOptions) -> 
 
 def measured(film: list[Tensor], methods: dict[str, VideoOptions], colorizer: Colorizer) -> tuple[dict, dict]:
     """Figures and frames of each method, the truth's own first. Floating frames: rounding to 8 bits flickers too."""
-    truth = torch.stack(film)
-    lab = torch.cat([fastcolor.rgb_to_lab(frame[None]) for frame in film])
-    half = F.avg_pool2d(lab, 2)
+    truth = list(true_frames(film))
+    half = F.avg_pool2d(torch.stack([frame.lab for frame in truth]), 2)
     flows, seen = moving(half[:, :1])
     frames, figures = {"truth": film}, {}
     for name, options in {"truth": None, **methods}.items():
         extra = {}
         if options is not None:
             frames[name], extra = colored(film, colorizer, options)
-        rgb = torch.stack(frames[name])
-        ab = torch.cat([fastcolor.rgb_to_lab(frame[None])[:, 1:] for frame in rgb])
+        sums = FilmFigures()
+        for rgb, true in zip(frames[name], truth, strict=True):
+            sums.add(rgb, true)
+        found = sums.result()
+        ab = torch.cat([fastcolor.rgb_to_lab(frame[None])[:, 1:] for frame in frames[name]])
         change = steps(F.avg_pool2d(ab, 2), flows, seen)
         at_keys = [c for t, c in enumerate(change, 1) if t in extra.get("keyframes", ())]
         elsewhere = [c for t, c in enumerate(change, 1) if t not in extra.get("keyframes", ())]
         figures[name] = {
-            "flicker": float(flicker(ab, lab[:, :1])),
-            "cdc": float(color_distribution_consistency(rgb.mul(255).round().byte())),
+            "flicker": found["flicker"],
+            "cdc": found["cdc"],
             "step": float(np.mean(change)),
             "largest_step": float(np.max(change)),
             "step_at_keyframes": float(np.mean(at_keys)) if at_keys and elsewhere else None,
             "step_elsewhere": float(np.mean(elsewhere)) if at_keys and elsewhere else None,
-            "psnr": None if options is None else float(psnr(255 * rgb, 255 * truth).mean()),
-            "colorfulness": float(np.mean([float(colorfulness(255 * x)) for x in rgb])),
+            "psnr": None if options is None else found["psnr"],
+            "colorfulness": found["colorfulness"],
             **extra,
         }
     return figures, frames

@@ -8,13 +8,19 @@ from typing import Annotated
 
 import typer
 
+from fastcolor.cli.colorize import _finite
+from fastcolor.cli.video import _seconds
+
+_PHOTOS, _FILMS = "Photos", "Films"
+
 
 def evaluate(
     inputs: Annotated[
         list[Path],
         typer.Argument(
             metavar="[WEIGHTS]... DATA",
-            help="Weights to compare (the bundled ones by default), then the folder of photos, of tars, or a pack.",
+            help="Weights to compare (the bundled ones by default), then what to color: a folder of photos, films or "
+            "both, of tars, a pack, a film, or numbered images (frames/%06d.png).",
             show_default=False,
         ),
     ],
@@ -26,9 +32,9 @@ def evaluate(
     ] = None,
     mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")] = True,
     mrf_both: Annotated[bool, typer.Option("--mrf-both", help="With and without, beside each other.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first photos, and the first films.")] = None,
     side: Annotated[
-        int | None, typer.Option(min=11, help="Shrink larger pictures to this short side first; none by default.")
+        int | None, typer.Option(min=11, help="Shrink what is larger to this short side first; nothing by default.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures and the protocol.")] = None,
     html_file: Annotated[
@@ -36,25 +42,83 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures of like size that share a batch.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    lpips: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="AlexNet's weights for LPIPS (torchvision's alexnet-owt-*.pth); else those "
+            "that PyTorch's hub folder holds.",
+            rich_help_panel=_PHOTOS,
+        ),
+    ] = None,
+    fid: Annotated[
+        bool,
+        typer.Option(
+            "--fid/--no-fid",
+            help="FID, where torchmetrics, torch-fidelity and Inception's weights are here.",
+            rich_help_panel=_PHOTOS,
+        ),
+    ] = True,
+    start: Annotated[
+        str | None,
+        typer.Option(callback=_seconds, help="Begin there: 90, 1:30, 0:01:30.5.", rich_help_panel=_FILMS),
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="Take only so much of each film; 0 takes all.",
+            rich_help_panel=_FILMS,
+        ),
+    ] = 10.0,
+    temporal: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            callback=_finite,
+            help="How much colors follow the frame before, as of fastcolor video.",
+            rich_help_panel=_FILMS,
+        ),
+    ] = None,
+    deinterlace: Annotated[
+        bool | None,
+        typer.Option(
+            "--deinterlace/--no-deinterlace",
+            help="Make frames of fields, or take frames as they are.",
+            rich_help_panel=_FILMS,
+        ),
+    ] = None,
 ) -> None:
     """Measure how near models come to the true colors.
 
     Every photo is made grey, colored, and compared with itself: PSNR, SSIM, CIEDE2000, colorfulness, AuC (Zhang et
     al. 2016), cross-entropy and calibration of the label distribution. Grey, the training set's mean color and the
-    nearest-bin oracle stand beside the models. Photos that cannot be read or have no color are left out and named.
-    docs/metrics.md defines every figure.
-    """
+    nearest-bin oracle stand beside the models. LPIPS and FID need weights of other networks: they are computed where
+    these lie on this machine; nothing is downloaded.
+
+    So is every film: PSNR, colorfulness, flicker (change of color where lightness stands still) and CDC (TCVC), with
+    their ratios to the truth's. Grey, the mean color, each frame colored alone, and the truth stand beside.
+
+    What cannot be read or has no color is left out and named. docs/metrics.md defines every figure.
+    """  # fmt: skip
     import torch
 
     from fastcolor._files import atomic_path
     from fastcolor.cli.train import ProgressReporter
     from fastcolor.evaluation.compare import EvaluationError, load_models
     from fastcolor.evaluation.compare import evaluate as run
+    from fastcolor.evaluation.films import FILMS, evaluate_films, find_films, has_photos
+    from fastcolor.evaluation.perceptual import WeightsError, find_perceptual
     from fastcolor.evaluation.report import html
+    from fastcolor.imaging.vips import SUFFIXES
     from fastcolor.model.checkpoint import CheckpointError
     from fastcolor.model.device import DeviceError
     from fastcolor.ops._backend import BackendError
     from fastcolor.training.data import DataError
+    from fastcolor.video.colorizer import VideoOptions
+    from fastcolor.video.reader import is_sequence
 
     *weights, data = inputs
     levels = _levels(vividness)
@@ -62,23 +126,55 @@ def evaluate(
         if path is not None and path.is_dir():
             _refuse(f"{name} {path}: is a folder, expected a file name")
     if data.suffix == ".safetensors":
-        _refuse(f"{data}: weights; the folder of photos comes last: fastcolor eval [WEIGHTS]... DATA")
+        _refuse(f"{data}: weights; the photos or films come last: fastcolor eval [WEIGHTS]... DATA")
+    photos = films = None
     with ProgressReporter() as reporter:
+        told = {"stage": reporter.stage, "advance": reporter.advance, "say": reporter.say}
+        shared = {"limit": limit, "side": side, "pictures": html_file is not None, **told}
         try:
             models = load_models(weights, levels, device, size, None if mrf_both else mrf)
-            found = run(
-                models, data, limit=limit, side=side, batch_size=batch_size, pictures=html_file is not None,
-                stage=reporter.stage, advance=reporter.advance, say=reporter.say,
-            )  # fmt: skip
+            if not data.exists() and not is_sequence(str(data)):
+                raise EvaluationError(f"{data}: no such file or folder, expected photos or films")
+            has_films = bool(find_films(data))
+            if data.is_dir() and not (has_films or has_photos(data)):
+                kinds = ", ".join(sorted(SUFFIXES)), ", ".join(sorted(FILMS))
+                raise EvaluationError(f"{data}: no images in it ({kinds[0]}), and no films ({kinds[1]})")
+            if not has_films or has_photos(data):
+                perceptual = find_perceptual(lpips, models[0].colorizer.device, fid)
+                try:
+                    photos = run(models, data, batch_size=batch_size, perceptual=perceptual, **shared)
+                except (EvaluationError, DataError) as error:
+                    if not has_films:
+                        raise
+                    reporter.say(f"no photos: {error}")
+            if has_films:
+                options = VideoOptions() if temporal is None else VideoOptions(temporal=temporal)
+                try:
+                    films = evaluate_films(
+                        models,
+                        data,
+                        options=options,
+                        start=start,
+                        seconds=seconds or None,
+                        deinterlace=deinterlace,
+                        **shared,
+                    )
+                except EvaluationError as error:
+                    if photos is None:
+                        raise
+                    reporter.say(f"no films: {error}")
             reporter.progress.stop()
+            record = (photos.record if photos else {}) | ({"films": films.record} if films else {})
             for path, text in (
-                (json_file, lambda: json.dumps(found.record, indent=1, ensure_ascii=False) + "\n"),
-                (html_file, lambda: html(found)),
+                (json_file, lambda: json.dumps(record, indent=1, ensure_ascii=False) + "\n"),
+                (html_file, lambda: html(photos, films)),
             ):
                 if path is not None:
                     with atomic_path(path) as temporary:
                         temporary.write_text(text(), encoding="utf-8")
-        except (EvaluationError, DataError, CheckpointError, DeviceError, BackendError, ImportError, OSError) as error:
+        except (
+            EvaluationError, DataError, CheckpointError, DeviceError, BackendError, WeightsError, ImportError, OSError,
+        ) as error:  # fmt: skip
             reporter.progress.stop()
             _refuse(str(error), 1)
         except torch.OutOfMemoryError as error:
@@ -89,7 +185,10 @@ def evaluate(
             reporter.progress.stop()
             typer.echo("stopped: nothing was written", err=True)
             raise typer.Exit(130) from None
-    _show(found.record)
+    if photos:
+        _show(photos.record)
+    if films:
+        _show_films(films.record)
     for path in filter(None, (json_file, html_file)):
         typer.echo(f"written: {path}")
 
@@ -104,44 +203,99 @@ def _levels(text: str) -> list[float]:
     return levels
 
 
-def _show(record: dict) -> None:
-    """The table, and what it is of."""
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _gain(row: dict) -> str:
+    """PSNR above grey's, with its standard error where there is one."""
+    if row["psnr_gain"] is None:
+        return ""
+    error = row["psnr_gain_error"]
+    return f"{row['psnr_gain']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _table(title: str, headings: tuple[str, ...]):
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    from fastcolor.evaluation.compare import GREY
-
-    def shown(value: float | None, form: str) -> str:
-        return "–" if value is None else form.format(value)
-
-    protocol = record["protocol"]
-    sides = protocol["short_side"]
-    title = f"{protocol['pictures']} pictures, short side {sides['least']} to {sides['most']}, 8 bits, whole"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("vivid", "PSNR dB", "above grey", "SSIM", "ΔE2000", "colour", "AuC", "rebalanced", "cross-ent.",
-                    "ECE"):  # fmt: skip
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for r in record["rows"]:
-        gain = "" if r["name"] == GREY else f"{r['psnr_gain']:+.2f}"
-        if gain and r["psnr_gain_error"] is not None:
-            gain += f" ± {r['psnr_gain_error']:.2f}"
-        table.add_row(
-            r["name"], "" if r["vividness"] is None else f"{r['vividness']:g}", f"{r['psnr']:.2f}", gain,
-            f"{r['ssim']:.3f}", f"{r['delta_e_2000']:.2f}", shown(r["colorfulness_ratio"], "{:.0%}"),
-            f"{r['auc']:.1%}", shown(r["auc_rebalanced"], "{:.1%}"), shown(r["bin_cross_entropy"], "{:.2f}"),
-            shown(r["calibration_error"], "{:.3f}"), style="dim" if r["baseline"] else None,
-        )  # fmt: skip
+    return table
+
+
+def _console():
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console.width = 140  # a log has no width
+    return console
+
+
+def _show(record: dict) -> None:
+    """The table of photos, and what it is of."""
+    from fastcolor.evaluation.compare import GREY, fid_note
+
+    protocol = record["protocol"]
+    sides = protocol["short_side"]
+    more = [name for name in ("lpips", "fid") if name in protocol]
+    table = _table(
+        f"{protocol['pictures']} pictures, short side {sides['least']} to {sides['most']}, 8 bits, whole",
+        ("vivid", "PSNR dB", "above grey", "SSIM", "ΔE2000", "colour", "AuC", "rebalanced", "cross-ent.", "ECE",
+         *map(str.upper, more)),
+    )  # fmt: skip
+    for r in record["rows"]:
+        table.add_row(
+            r["name"], "" if r["vividness"] is None else f"{r['vividness']:g}", f"{r['psnr']:.2f}",
+            "" if r["name"] == GREY else _gain(r), f"{r['ssim']:.3f}", f"{r['delta_e_2000']:.2f}",
+            _shown(r["colorfulness_ratio"], "{:.0%}"), f"{r['auc']:.1%}", _shown(r["auc_rebalanced"], "{:.1%}"),
+            _shown(r["bin_cross_entropy"], "{:.2f}"), _shown(r["calibration_error"], "{:.3f}"),
+            *(_shown(r[name], "{:.3f}" if name == "lpips" else "{:.2f}") for name in more),
+            style="dim" if r["baseline"] else None,
+        )  # fmt: skip
+    console = _console()
     console.print(table)
+    if note := fid_note(record):
+        console.print(note, highlight=False)
     for name, why in record["not_computed"].items():
         console.print(f"{name.upper()}: {why}", highlight=False)
+    _show_left_out(console, record)
+
+
+def _show_films(record: dict) -> None:
+    """The table of films, and what it is of."""
+    from fastcolor.evaluation.compare import GREY
+
+    protocol, films = record["protocol"], record["films"]
+    if len(films) == 1:
+        (film,) = films
+        title = f"{film['name']}: {film['frames']} frames, {film['seconds']:.1f} s, {film['width']}×{film['height']}"
+    else:
+        title = f"{len(films)} films, {protocol['frames']} frames; means over films"
+    table = _table(title, ("vivid", "PSNR dB", "above grey", "colour", "flicker", "÷ truth", "CDC", "÷ truth"))
+    for r in record["rows"]:
+        table.add_row(
+            r["name"], "" if r["vividness"] is None else f"{r['vividness']:g}", _shown(r["psnr"], "{:.2f}"),
+            "" if r["name"] == GREY else _gain(r), _shown(r["colorfulness_ratio"], "{:.0%}"),
+            _shown(r["flicker"], "{:.3f}"), _shown(r["flicker_ratio"], "{:.2f}"), _shown(r["cdc"], "{:.2e}"),
+            _shown(r["cdc_ratio"], "{:.2f}"), style="dim" if r["baseline"] else None,
+        )  # fmt: skip
+    console = _console()
+    console.print(table)
+    console.print("flicker: Lab units a frame where lightness stands still; grey has none, so compare at like colour")
+    for film in films:
+        if film["ended_early"]:
+            console.print(f"{film['name']}: only {film['frames']} frames, {film['ended_early']}", highlight=False)
+    _show_left_out(console, record, "films ")
+
+
+def _show_left_out(console, record: dict, what: str = "") -> None:
     counts = record["left_out"]["counts"]
     if counts:
-        console.print(f"left out: {', '.join(f'{n} {kind}' for kind, n in counts.items())}", highlight=False)
+        console.print(f"{what}left out: {', '.join(f'{n} {kind}' for kind, n in counts.items())}", highlight=False)
 
 
 def _refuse(message: str, code: int = 2) -> None:

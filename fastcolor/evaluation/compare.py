@@ -35,6 +35,7 @@ from fastcolor.evaluation.metrics import (
     ssim,
     target_entropy,
 )
+from fastcolor.evaluation.perceptual import FEW, Fid, Perceptual
 from fastcolor.imaging.vips import ImageError, libvips, reason
 from fastcolor.model.checkpoint import CheckpointError, load_checkpoint
 from fastcolor.model.colorizer import BUNDLED, ColorizeOptions, Colorizer, vividness_unary
@@ -46,10 +47,9 @@ from fastcolor.training.data import Problems, find_photos
 from fastcolor.training.sources import fingerprint, read_pixels, shrunk
 
 GREY, MEAN, ORACLE = "grey (ab = 0)", "training mean colour", "nearest bin (oracle)"
-NOT_COMPUTED = {"lpips": "not computed: no weights at hand", "fid": "not computed: no weights at hand"}
 _JOINT = ColorBins("joint")
 _SMALLEST = 11  # pixels a side: SSIM's window
-_PACKAGES = ("fastcolor", "torch", "numpy", "pyvips", "pyvips-binary")
+_PACKAGES = ("fastcolor", "torch", "numpy", "pyvips", "pyvips-binary", "av")
 _BEST = 6  # pictures shown of the best, and of the worst
 _CHANCE = 12  # pictures shown that chance chose
 _THUMBNAIL = 320  # longest side of pictures in the report, pixels
@@ -133,6 +133,8 @@ class Row:
     ssim: list[float] = field(default_factory=list)
     delta_e: list[float] = field(default_factory=list)
     color: list[float] = field(default_factory=list)
+    lpips: list[float] = field(default_factory=list)  # of pictures that are large enough
+    fid: Fid | None = None  # shared by all rows
     entropy: list[float] = field(default_factory=list)  # cross-entropy with the truth's labels, of the network
     entropy_field: list[float] = field(default_factory=list)  # and of the field's marginals
     right: Tensor = field(default_factory=lambda: torch.zeros(151, dtype=torch.float64))
@@ -149,6 +151,10 @@ class Row:
         self.ssim.append(ssim(rgb, truth.rgb).item())
         self.delta_e.append(delta_e_2000(found, truth.lab).mean().item())
         self.color.append(colorfulness(rgb).item())
+        if truth.distance is not None:
+            self.lpips.append(truth.distance(rgb))
+        if self.fid is not None:
+            self.fid.add(id(self), rgb)
         self.right += ab_accuracy(found[1:], truth.lab[1:]).cpu()
         if truth.balance is not None:
             self.balanced += (ab_accuracy(found[1:], truth.lab[1:], truth.balance) * truth.balance_sum).cpu()
@@ -180,6 +186,8 @@ class Row:
             "psnr_gain_error": float(gain.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
             "ssim": float(np.mean(self.ssim)),
             "delta_e_2000": float(np.mean(self.delta_e)),
+            "lpips": float(np.mean(self.lpips)) if self.lpips else None,
+            "fid": None if self.fid is None else self.fid.value(id(self)),
             "colorfulness": float(np.mean(self.color)),
             "colorfulness_ratio": float(np.mean(self.color) / true_color) if true_color else None,
             "auc": auc(self.right / count).item(),
@@ -204,6 +212,7 @@ class Truth:
     lab: Tensor  # [3, H, W] float32
     balance: Tensor | None = None  # [H, W]
     balance_sum: float = 0.0
+    distance: Callable[[Tensor], float] | None = None  # LPIPS of a colouring [3, H, W] uint8
 
 
 @dataclass
@@ -270,7 +279,7 @@ def read_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _jpeg(rgb: Tensor) -> bytes:
+def jpeg(rgb: Tensor) -> bytes:
     """[3, H, W] uint8, shrunk for the report; chroma at full resolution, since it is what is looked at."""
     image = libvips().Image.new_from_array(rgb.permute(1, 2, 0).contiguous().cpu().numpy(), interpretation="srgb")
     scale = _THUMBNAIL / max(image.width, image.height)
@@ -297,7 +306,7 @@ class Gallery:
         if not (good or bad or number in self.drawn):
             return
         captions = ["grey", *(name for name, _ in colored), "truth"]
-        pictures = [_jpeg(rgb) for rgb in (grey, *(rgb for _, rgb in colored), truth.rgb)]
+        pictures = [jpeg(rgb) for rgb in (grey, *(rgb for _, rgb in colored), truth.rgb)]
         shown = Shown(truth.name, captions, pictures, values)
         # the number keeps heaps from comparing pictures
         for wanted, heap, key in ((good, self.best, score), (bad, self.worst, -score)):
@@ -333,8 +342,11 @@ def prior_of(models: Sequence[Model], joint: bool) -> tuple[Tensor, ColorBins, s
 class Comparison:
     """Rows of all models and baselines, filled batch by batch."""
 
-    def __init__(self, models: Sequence[Model], gallery: Gallery | None):
+    def __init__(self, models: Sequence[Model], gallery: Gallery | None, perceptual: Perceptual | None = None):
         self.models, self.gallery = models, gallery
+        perceptual = perceptual or Perceptual()
+        self.lpips = perceptual.lpips
+        self.fid = None if perceptual.inception is None else Fid(perceptual.inception)
         self.grey, self.oracle = Row(GREY, True), Row(ORACLE, True)
         self.true_color: list[float] = []
         found = prior_of(models, joint=False)
@@ -354,6 +366,12 @@ class Comparison:
             for v in m.vividness:
                 unary = vividness_unary(m.colorizer.checkpoint, v)
                 self.unaries[m.name, v] = None if unary is None else unary.to(m.colorizer.device)
+        for row in self.all_rows():
+            row.fid = self.fid
+
+    def all_rows(self) -> list[Row]:
+        """In the order of the table."""
+        return [self.grey, *([] if self.mean is None else [self.mean]), *self.rows.values(), self.oracle]
 
     def key(self, height: int, width: int) -> tuple:
         """Pictures with the same key can share a batch."""
@@ -363,12 +381,12 @@ class Comparison:
     def add(self, batch: list[tuple[int, str, np.ndarray]]) -> None:
         """Pictures (number, name, [H, W, 3] uint8) of one key."""
         truths = [self._truth(name, pixels) for _, name, pixels in batch]
-        greys = [_with_color(t, t.lab.new_zeros(2)) for t in truths]
+        greys = [with_color(t.lab, t.lab.new_zeros(2)) for t in truths]
         for grey, truth in zip(greys, truths, strict=True):
             self.true_color.append(colorfulness(truth.rgb).item())
             self.grey.add(grey, truth)
             if self.mean is not None:
-                self.mean.add(_with_color(truth, self.mean_ab.to(truth.lab)), truth)
+                self.mean.add(with_color(truth.lab, self.mean_ab.to(truth.lab)), truth)
         self._add_oracle(truths)
         shown = [self._add_model(m, truths) for m in self.models]  # for each model [pictures]
         if self.gallery is not None:
@@ -383,6 +401,10 @@ class Comparison:
         if self.balance is not None:
             truth.balance = balance_weights(truth.lab[1:], self.balance[1], self.balance[0])
             truth.balance_sum = truth.balance.sum().item()
+        if self.lpips is not None:
+            truth.distance = self.lpips.against(rgb)
+        if self.fid is not None:
+            self.fid.add_truth(rgb)
         return truth
 
     def _add_oracle(self, truths: list[Truth]) -> None:
@@ -418,8 +440,7 @@ class Comparison:
 
     def figures(self) -> list[dict]:
         true_color = float(np.mean(self.true_color))
-        rows = [self.grey, *([] if self.mean is None else [self.mean]), *self.rows.values(), self.oracle]
-        return [row.figures(self.grey, true_color) for row in rows]
+        return [row.figures(self.grey, true_color) for row in self.all_rows()]
 
 
 def read_colors(
@@ -463,10 +484,10 @@ def _full_size(ab: Tensor, guide: Tensor, scales: list, truths: list[Truth]) -> 
     ]
 
 
-def _with_color(truth: Truth, ab: Tensor) -> Tensor:
-    """The picture's lightness with one colour [2] everywhere: [3, H, W] uint8."""
-    plane = ab[:, None, None].expand(2, *truth.lab.shape[1:])
-    return lab_to_rgb(torch.cat((truth.lab[:1], plane)), dtype=torch.uint8, gamut="preserve_lightness")
+def with_color(lab: Tensor, ab: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """A picture's lightness, of its Lab [3, H, W], with one colour [2] everywhere: RGB [3, H, W]."""
+    plane = ab[:, None, None].expand(2, *lab.shape[1:])
+    return lab_to_rgb(torch.cat((lab[:1], plane)), dtype=dtype, gamut="preserve_lightness")
 
 
 def evaluate(
@@ -477,6 +498,7 @@ def evaluate(
     side: int | None = None,
     batch_size: int = 8,
     pictures: bool = False,
+    perceptual: Perceptual | None = None,
     stage: Callable[[str, int], None] = lambda text, total: None,
     advance: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
@@ -490,6 +512,7 @@ def evaluate(
         side: pictures whose short side is longer are shrunk to it first; None leaves them.
         batch_size: pictures of like size that share a pass of the network.
         pictures: whether to keep some for a report.
+        perceptual: of `find_perceptual`: LPIPS and FID as far as they are at hand.
         stage, advance, say: told how it goes.
 
     Raises:
@@ -510,7 +533,7 @@ def evaluate(
         say(f"left out: {why if path in why else f'{path}: {why}'}")
         advance()
 
-    comparison = Comparison(models, Gallery(len(files)) if pictures else None)
+    comparison = Comparison(models, Gallery(len(files)) if pictures else None, perceptual)
     stage("evaluating", len(files))
     waiting: dict[tuple, list] = {}
     pixels_hash = hashlib.sha256()
@@ -536,10 +559,15 @@ def evaluate(
     if not sizes:
         first = "".join(f"; the first: {why}" for why in list(problems.reasons.values())[:1])
         raise EvaluationError(f"{data}: none of its {len(files)} pictures could be used{first}")
+    about = {} if perceptual is None else dict(perceptual.about)
+    if "lpips" in about:
+        about["lpips"] = about["lpips"] | {"pictures": len(comparison.grey.lpips)}
+    if "fid" in about:
+        about["fid"] = about["fid"] | {"pictures": len(sizes)}
     record = {
-        "protocol": protocol(models, comparison, data, split, files, sizes, side, pixels_hash.hexdigest()[:16]),
+        "protocol": protocol(models, comparison, data, split, files, sizes, side, pixels_hash.hexdigest()[:16]) | about,
         "left_out": {"counts": dict(problems.counts()), "files": problems.reasons},
-        "not_computed": NOT_COMPUTED,
+        "not_computed": dict.fromkeys(("lpips", "fid"), "not asked for") if perceptual is None else perceptual.missing,
         "truth": {"colorfulness": float(np.mean(comparison.true_color))},
         "rows": comparison.figures(),
     }
@@ -547,15 +575,17 @@ def evaluate(
     return Evaluation(record, best, worst, chance)
 
 
+def fid_note(record: dict) -> str | None:
+    """What is to be said beside FID, None where there is none."""
+    fid = record["protocol"].get("fid")
+    if fid is None:
+        return None
+    few = f": biased, as of any count below some {FEW}, by what depends on the model" if fid["pictures"] < FEW else ""
+    return f"FID over {fid['pictures']} pictures{few} (Chong and Forsyth 2020)"
+
+
 def protocol(models, comparison: Comparison, data, split, files, sizes, side, pixels: str) -> dict:
     """All that the figures depend on, in plain types."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     short = sorted(min(s) for s in sizes)
     return {
         "pictures": len(sizes),
@@ -571,11 +601,28 @@ def protocol(models, comparison: Comparison, data, split, files, sizes, side, pi
         "psnr": "of each picture over RGB, then the mean; equal pictures count as 100 dB",
         "auc": "ab error up to 0 … 150; raw: mean over pictures; rebalanced: over all pixels",
         "rebalanced_by": None if comparison.balance is None else comparison.balance[2],
-        "training_mean_color": None
-        if comparison.mean_ab is None
-        else {"ab": [round(x, 4) for x in comparison.mean_ab.tolist()], "prior_of": comparison.prior_from},
+        "training_mean_color": described_mean(comparison.mean_ab, comparison.prior_from),
         "bin_cross_entropy": "nats; of the network, vividness included; _field: of the mean field's marginals",
         "confidence_intervals": CONFIDENCE_BINS,
+        **described(models),
+    }
+
+
+def described_mean(ab: Tensor | None, prior_from: str | None) -> dict | None:
+    """The baseline's colour [2], and whose it is."""
+    return None if ab is None else {"ab": [round(x, 4) for x in ab.tolist()], "prior_of": prior_from}
+
+
+def described(models: Sequence[Model]) -> dict:
+    """Models and what they ran on, in plain types."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
         "models": [
             {
                 "name": m.name,

@@ -3,13 +3,32 @@ beside the truth's own, and beside colourfulness."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastcolor.evaluation.metrics import colorfulness, psnr
+from fastcolor.ops.lab import rgb_to_lab
+
 DISTANCES = (1, 2, 4)  # frames between the two that are compared (TCVC)
+
+
+def still_pixels(L: Tensor, before: Tensor, still: float = 1.0, reach: int = 1) -> Tensor:
+    """Where the lightness of two frames [1, H, W] is the same: [H, W] bool. `still` and `reach` as of `flicker`."""
+    moved = (L.double() - before.double()).abs()[None]  # [1, 1, H, W]
+    # max_pool2d pads with -inf: outside the picture nothing moves
+    return (F.max_pool2d(moved, 2 * reach + 1, 1, reach) < still)[0, 0]
+
+
+def chroma_step(ab: Tensor, before: Tensor, at: Tensor) -> Tensor:
+    """Sum of |ab − that of the frame before|, [2, H, W] each, over the pixels `at` [H, W], and their count: [2] float64
+    on the CPU."""
+    step = (ab.double() - before.double()).norm(dim=0)
+    return torch.stack((step[at].sum(), at.sum().double())).cpu()
 
 
 def flicker_sums(ab: Tensor, L: Tensor, still: float = 1.0, reach: int = 1) -> tuple[Tensor, Tensor]:
@@ -27,13 +46,8 @@ def flicker_sums(ab: Tensor, L: Tensor, still: float = 1.0, reach: int = 1) -> t
     if not still > 0 or reach < 0:
         raise ValueError(f"still must be above 0 and reach at least 0, got {still} and {reach}")
     total = torch.zeros(2, dtype=torch.float64)
-    side = 2 * reach + 1
     for t in range(1, len(ab)):  # a pair at a time: a film in float64 would not fit
-        moved = (L[t].double() - L[t - 1].double()).abs()[None]  # [1, 1, H, W]
-        # max_pool2d pads with -inf: outside the picture nothing moves
-        at = (F.max_pool2d(moved, side, 1, reach) < still)[0, 0]
-        step = (ab[t].double() - ab[t - 1].double()).norm(dim=0)
-        total += torch.stack((step[at].sum(), at.sum().double())).cpu()
+        total += chroma_step(ab[t], ab[t - 1], still_pixels(L[t], L[t - 1], still, reach))
     return total[0], total[1]
 
 
@@ -101,9 +115,93 @@ def color_distribution_consistency(
     Raises:
         ValueError: frames of another type or shape, or fewer than the largest distance needs.
     """
-    shares = color_histograms(rgb) if histograms is None else histograms
-    if len(shares) <= max(distances):
-        most = max(distances)
-        raise ValueError(f"a distance of {most} needs at least {most + 1} frames, got {len(shares)}")
-    apart = [jensen_shannon(shares[:-d], shares[d:]).mean(0) for d in distances]  # each [3]
-    return torch.stack(apart).mean()
+    sums = ConsistencySums(distances)
+    for shares in color_histograms(rgb) if histograms is None else histograms:
+        sums.add(shares)
+    most = max(distances)
+    if sums.frames <= most:
+        raise ValueError(f"a distance of {most} needs at least {most + 1} frames, got {sums.frames}")
+    return sums.value()
+
+
+class ConsistencySums:
+    """`color_distribution_consistency` of a film a frame at a time: no more histograms are kept than are compared."""
+
+    def __init__(self, distances: Sequence[int] = DISTANCES):
+        self.distances, self.frames = distances, 0
+        self._total = torch.zeros(len(distances), 3, dtype=torch.float64)
+        self._last: deque[Tensor] = deque(maxlen=max(distances))
+
+    def add(self, shares: Tensor) -> None:
+        """The next frame's histograms, [3, 256] float64."""
+        for i, d in enumerate(self.distances):
+            if d <= len(self._last):
+                self._total[i] += jensen_shannon(self._last[-d], shares)
+        self._last.append(shares)
+        self.frames += 1
+
+    def value(self) -> Tensor:
+        """A float64 scalar; nan where there are too few frames."""
+        pairs = torch.tensor([max(0, self.frames - d) for d in self.distances], dtype=torch.float64)
+        return (self._total.mean(1) / pairs).mean()
+
+
+# --- a film a frame at a time -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrueFrame:
+    """A frame as it was shot, and what every colouring of it is measured by."""
+
+    rgb: Tensor  # [3, H, W] in [0, 1]
+    lab: Tensor  # [3, H, W]
+    still: Tensor | None  # [H, W] bool, where lightness is that of the frame before; None for the first
+
+
+def true_frames(film: Iterable[Tensor]) -> Iterator[TrueFrame]:
+    """The frames [3, H, W] in [0, 1] of a film, each with what it takes to measure its colourings."""
+    before = None
+    for rgb in film:
+        lab = rgb_to_lab(rgb[None])[0]
+        yield TrueFrame(rgb, lab, None if before is None else still_pixels(lab[:1], before))
+        before = lab[:1]
+
+
+class FilmFigures:
+    """What one colouring of a film comes to, from sums over its frames.
+
+    Frames are floating: rounding to 8 bits flickers by itself. CDC alone is of 8-bit frames, as it is defined.
+    """
+
+    def __init__(self):
+        self.frames = 0
+        self.steps: list[float] = []  # flicker of each frame after the first; nan where nothing is still
+        self._psnr = self._color = 0.0
+        self._chroma = torch.zeros(2, dtype=torch.float64)
+        self._consistency = ConsistencySums()
+        self._ab: Tensor | None = None
+
+    def add(self, rgb: Tensor, truth: TrueFrame) -> float:
+        """The next frame [3, H, W] in [0, 1]; gives its PSNR, 100 dB at most so that the mean stays finite."""
+        ab = rgb_to_lab(rgb[None])[0, 1:]
+        if truth.still is not None:
+            step = chroma_step(ab, self._ab, truth.still)
+            self._chroma += step
+            self.steps.append((step[0] / step[1]).item())
+        of_frame = psnr(255 * rgb, 255 * truth.rgb).clamp_max(100).item()
+        self._psnr += of_frame
+        self._color += colorfulness(255 * rgb).item()
+        self._consistency.add(color_histograms([rgb.mul(255).round().byte()])[0])
+        self._ab = ab
+        self.frames += 1
+        return of_frame
+
+    def result(self) -> dict[str, float]:
+        """PSNR in dB and colourfulness, means over frames; flicker and CDC. nan where there are too few frames, or no
+        pixel is still."""
+        return {
+            "psnr": self._psnr / self.frames,
+            "colorfulness": self._color / self.frames,
+            "flicker": (self._chroma[0] / self._chroma[1]).item(),
+            "cdc": self._consistency.value().item(),
+        }

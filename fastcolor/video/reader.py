@@ -18,7 +18,7 @@ from av.format import Flags as FormatFlags
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
-from fastcolor.video.tags import Colours, read_colours
+from fastcolor.video.tags import FULL, Colours, read_colours
 
 STREAM = "-"  # the name of standard input and output
 IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -56,6 +56,7 @@ class Picture:
     pts: int  # in the time base of the film
     duration: int
     number: int  # of the frame in this run, from 0
+    rgb: Tensor | None = None  # [H, W, 3] uint8, of a reader that was asked for it
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Reader:
         rate: frames per second of an image sequence.
         threads: of the decoder; 0 is FFmpeg's own choice.
         copies: whether `frames` gives the packets of the other streams too, as they come.
+        rgb: whether pictures have their colours too, to compare with.
 
     Raises:
         VideoError: it cannot be read.
@@ -105,9 +107,10 @@ class Reader:
         rate: Fraction | None = None,
         threads: int = 0,
         copies: bool = False,
+        rgb: bool = False,
     ):
         self.name, self.start, self.end = name, start, end
-        self.deinterlace, self.rate, self.threads, self.copies = deinterlace, rate, threads, copies
+        self.deinterlace, self.rate, self.threads, self.copies, self.rgb = deinterlace, rate, threads, copies, rgb
         self.label = "standard input" if name == STREAM else name
         self.ended = End()
         self.seconds = 0.0  # spent in reading and decoding
@@ -294,7 +297,8 @@ class Reader:
             last, step, number = pts, duration, number + 1
             if number <= skip:
                 continue
-            picture = Picture(read_luma(frame, self._colours), pts, duration, number - 1)
+            rgb = read_rgb(frame, self._colours) if self.rgb else None
+            picture = Picture(read_luma(frame, self._colours), pts, duration, number - 1, rgb)
             self.ended.at = float((pts + duration) * tick)
             self.seconds += time.perf_counter() - since
             yield picture
@@ -313,8 +317,7 @@ class Reader:
         self._colours = read_colours(frame, self.stream.codec_context.name)
         self._bits = _luma_bits(frame)
         self._kind = (frame.width, frame.height, self._bits)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        self._matrix = None if matrix is None else tuple(np.frombuffer(matrix, np.int32)[:9].tolist())
+        self._matrix = display_matrix(frame)
 
     def _decoded(self) -> Iterator[av.VideoFrame | av.Packet]:
         """Frames as decoded, deinterlaced where wanted."""
@@ -415,6 +418,21 @@ class Reader:
         if self.free:
             self._items.close()
             self.close()
+
+
+def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """The nine numbers that turn a frame upright, as FFmpeg has them."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return None if matrix is None else tuple(np.frombuffer(matrix, np.int32)[:9].tolist())
+    except ValueError:  # beside it lies what this PyAV has no name for, such as the EXIF data of an image
+        return rotation_matrix(frame.rotation) if frame.rotation else None
+
+
+def rotation_matrix(degrees: float) -> tuple[int, ...]:
+    """FFmpeg's display matrix of a rotation, counter-clockwise: 16.16 fixed point, the last number 2.30."""
+    cosine, sine = (round(f(math.radians(degrees)) * 65536) for f in (math.cos, math.sin))
+    return cosine, -sine, 0, sine, cosine, 0, 0, 0, 1 << 30
 
 
 def _kind(kind: tuple[int, int, int]) -> str:
@@ -529,6 +547,15 @@ def read_luma(frame: av.VideoFrame, colours: Colours) -> Tensor:
     plane = _as_native(_plane(frame, 0, bits))
     shift = _HIGH_BITS.get(name[:4])
     return torch.from_numpy(plane >> shift if shift else plane)
+
+
+def read_rgb(frame: av.VideoFrame, colours: Colours) -> Tensor:
+    """The picture of a frame as its tags say, [H, W, 3] uint8: R'G'B' by the matrix and range of `colours`."""
+    if not frame.format.is_rgb:
+        frame = frame.reformat(
+            format="rgb24", src_colorspace=colours.matrix, src_color_range=colours.range, dst_color_range=FULL
+        )
+    return torch.from_numpy(frame.to_ndarray(format="rgb24"))
 
 
 def _plane(frame: av.VideoFrame, index: int, bits: int, channels: int = 1) -> np.ndarray:

@@ -195,6 +195,34 @@ def test_validation_half_and_side(tmp_path):
     json.dumps(found.record, allow_nan=False)
 
 
+def test_lpips_and_fid_beside_the_rest(tmp_path, photos):
+    """Both with small networks in place of the public ones: of truths and pictures that are the table's."""
+    pytest.importorskip("torchmetrics.image.fid")
+    from evaluation.test_perceptual import Means, features, linear
+
+    from fastcolor.evaluation.perceptual import Lpips, Perceptual
+
+    lpips = Lpips(features(), linear())
+    tools = Perceptual(lpips, Means(), {"lpips": {"file": "a.pth"}, "fid": {"file": "i.pth"}})
+    path = weights(tmp_path)
+    found = evaluate(load_models([path], [0.5], "cpu"), photos, perceptual=tools, batch_size=2)
+    assert found.record["not_computed"] == {} and found.record["protocol"]["lpips"]["pictures"] == 5
+    (row,) = rows_of(found, "model")
+    colorizer = Colorizer.load(path, "cpu", vividness=0.5)
+    distances = []
+    for name in ("0.png", "1.png", "2.png", "3.png", "below/4.png"):
+        truth = pyvips.Image.new_from_file(str(photos / name)).numpy()
+        pair = [torch.from_numpy(x).permute(2, 0, 1)[None] / 127.5 - 1 for x in (colorizer.colorize(truth), truth)]
+        distances.append(lpips(*pair).item())
+    assert row["lpips"] == pytest.approx(np.mean(distances), rel=1e-2)
+    oracle = rows_of(found, ORACLE)[0]
+    assert oracle["lpips"] < row["lpips"] and 0 <= oracle["fid"] < row["fid"]
+    note = "FID over 5 pictures: biased, as of any count below some 5000"
+    page = html(found)
+    assert note in page and "<th>LPIPS</th><th>FID</th>" in page
+    assert evaluate(load_models([path], [0.5], "cpu"), photos, limit=1).record["not_computed"]["fid"] == "not asked for"
+
+
 def test_nothing_to_evaluate(tmp_path):
     (tmp_path / "one.jpg").write_bytes(b"no picture")
     with pytest.raises(EvaluationError, match="none of its 1 pictures could be used; the first: .*one.jpg"):

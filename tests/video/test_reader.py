@@ -10,7 +10,16 @@ import torch
 from video.clips import make_clip, pattern, steady, uneven
 
 from fastcolor.video.errors import VideoError
-from fastcolor.video.reader import Picture, Reader, is_sequence, numbered_files, read_luma
+from fastcolor.video.reader import (
+    Picture,
+    Reader,
+    is_sequence,
+    numbered_files,
+    read_luma,
+    read_rgb,
+    rotation_matrix,
+)
+from fastcolor.video.sequence import yuv_to_rgb
 from fastcolor.video.tags import Colours, choose_format, pixel_format, read_colours
 from fastcolor.video.writer import convert_bits
 
@@ -191,3 +200,51 @@ def test_names_of_sequences(tmp_path):
         (tmp_path / name).touch()
     assert list(numbered_files(str(tmp_path / "a%03d.png"))) == [9, 10, 1000]
     assert list(numbered_files(str(tmp_path / "a%d.png"))) == [11, 1000]
+
+
+@pytest.mark.parametrize(("matrix", "full"), [(1, False), (6, False), (9, False), (5, True)])
+def test_rgb_is_that_of_the_matrix(matrix, full):
+    colours = Colours(matrix, full, 1, 1)
+    rng = np.random.default_rng(0)
+    planes = [rng.integers(*span, (24, 32)).astype(np.uint8) for span in ((16, 235), (100, 156), (100, 156))]
+    frame = av.VideoFrame(32, 24, "yuv444p")
+    for plane, values in zip(frame.planes, planes, strict=True):
+        np.frombuffer(plane, np.uint8).reshape(24, -1)[:, :32] = values
+    expected = yuv_to_rgb(*map(torch.from_numpy, planes), colours.yuv("444", 8))
+    found = read_rgb(frame, colours)
+    assert found.shape == (24, 32, 3) and found.dtype == torch.uint8
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_rgb_of_rgb_is_as_decoded():
+    rgb = np.random.default_rng(0).integers(0, 256, (22, 34, 3), dtype=np.uint8)
+    for name in ("rgb24", "gbrp", "bgra"):
+        frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(format=name)
+        np.testing.assert_array_equal(read_rgb(frame, LIMITED).numpy(), rgb)
+
+
+def test_pictures_have_rgb_where_asked(tmp_path):
+    film = make_clip(tmp_path / "a.mkv", times=steady(3), audio=None)
+    for wanted in (True, False):
+        with Reader(str(film), rgb=wanted) as reader:
+            pictures = list(reader.frames())
+            assert [None if p.rgb is None else tuple(p.rgb.shape) for p in pictures] == [
+                (48, 64, 3) if wanted else None
+            ] * 3
+
+
+@pytest.mark.parametrize("degrees", [90, -90, 180, 30])
+def test_rotation_is_ffmpegs(tmp_path, degrees):
+    clip = make_clip(tmp_path / "in.mp4", codec="libx264", times=steady(2), rotation=degrees, audio=None)
+    with Reader(str(clip)) as reader:
+        assert np.abs(np.subtract(reader.info.matrix, rotation_matrix(degrees))).max() <= 1
+
+
+def test_images_with_exif(tmp_path):
+    """Their frames carry a kind of data beside the picture that PyAV may not know."""
+    pyvips = pytest.importorskip("pyvips")
+    for i in range(2):
+        image = pyvips.Image.new_from_array(np.full((16, 20, 3), 40 * i, np.uint8))
+        image.write_to_file(str(tmp_path / f"{i}.png"))  # with the resolution as EXIF
+    with Reader(str(tmp_path / "%d.png")) as reader:
+        assert reader.info.matrix is None and len(list(reader.frames())) == 2
