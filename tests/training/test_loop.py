@@ -478,6 +478,40 @@ def test_out_of_memory_says_what_would_fit(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
+def test_one_training_in_a_folder(photos, tmp_path):
+    """Whether the folder was there before or not; a failure lets go of it."""
+    out = tmp_path / "run"
+    config = replace(TINY, epochs=1, out=str(out), resume="auto")
+    told = []
+
+    class Second(Recorder):
+        def advance(self, count=1, **values):
+            if "loss" in values and not told:
+                with pytest.raises(TrainingError) as caught:
+                    train(photos, config)
+                told.append(str(caught.value))
+
+    assert train(photos, config, Second()).finished
+    assert re.fullmatch(rf"{out}: process {os.getpid()} on .* is at work there; wait for it, or choose .*", told[0])
+    assert not (out / "run.lock").exists()
+    with pytest.raises(TrainingError, match="cannot resume with other options"):
+        train(photos, replace(config, skip=True))
+    assert train(photos, replace(config, epochs=2)).finished
+
+
+def test_a_run_that_came_and_went_meanwhile(photos, tmp_path):
+    """Of two that start in no folder at all, one may be through before the other one has read its photos."""
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"), resume="auto")
+
+    class Slow(Silent):
+        def stage(self, text, total):
+            if text == "measuring colours":
+                train(photos, config)
+
+    with pytest.raises(TrainingError, match="another run has been there since this one started"):
+        train(photos, config, Slow())
+
+
 def test_dry_run_writes_nothing(photos, tmp_path):
     recorder = Recorder()
     (photos / "broken.jpg").write_text("no image")
