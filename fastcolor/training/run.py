@@ -61,17 +61,18 @@ class Run:
 
     Args:
         data, config: as of `loop.train`. reporter: used by the first process alone. team: the processes.
-        measure: whether label statistics are taken from the photos, which a dry run has no use for.
+        dry: nothing will be trained: no label statistics are taken from the photos, and a folder that --resume would
+            not fit is no error.
     """
 
     def __init__(
-        self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, measure: bool = True
+        self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, dry: bool = False
     ):
         # the first one's: of a run that goes on it may come from the run's folder, which other machines need not see
         config = team.share(lambda: config)
         self.config, self.team, self.out = config, team, Path(config.out)
         self.reporter = reporter if team.lead else Silent()
-        self.resumed = team.share(self._check)
+        self.resumed = team.share(lambda: self._check(dry))
         self.device = choose_device(team.device(config.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -91,7 +92,7 @@ class Run:
         state = team.share(self._read_state) if self.resumed else None
         if state is not None:
             self._take_over(state)
-        if self.bins is not None and (measure or state is not None):
+        if self.bins is not None and not (dry and state is None):
             self.task.set_prior(self._measure_prior() if state is None else state["prior"])
         self.average = Average(self.task, config.ema) if config.ema else None
         if team.world > 1 and config.sync_norm:
@@ -116,7 +117,7 @@ class Run:
         self._sum = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         self._seen, self._saved = 0, time.monotonic()
 
-    def _check(self) -> bool:
+    def _check(self, dry: bool) -> bool:
         """Whether the run goes on with an earlier one, and whether it may start at all."""
         config, least = self.config, self.team.world * self.config.accumulate
         config.check()
@@ -126,6 +127,8 @@ class Run:
                 f"need {least} at least, got {config.batch_size}"
             )
         there = (self.out / STATE).exists()
+        if dry:
+            return there and config.resume != "no"
         if there and config.resume == "no":
             raise TrainingError(f"{self.out}: holds a run already; --resume goes on with it, or choose another --out")
         if config.resume == "yes" and not there:

@@ -352,7 +352,7 @@ def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
 
 def test_colours_are_measured_all_over_the_list(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("fastcolor.training.run._PRIOR_IMAGES", 4)
-    run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), measure=False)
+    run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), dry=True)
     names = [p.removeprefix(f"{scenes}/train/") for p in run.prior_loader.dataset.files]
     assert names == ["a/airfield/0.png", "a/airfield/3.png", "coast/0.png", "coast/3.png"]
 
@@ -374,7 +374,7 @@ def test_all_processes_follow_the_configuration_of_the_first(photos, tmp_path):
             found = make()
             return replace(found, batch_size=3) if isinstance(found, TrainConfig) else found
 
-    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent(), Follower(), measure=False)
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent(), Follower(), dry=True)
     assert run.config.batch_size == 3 and run.batches.batch_size == 3
 
 
@@ -521,6 +521,26 @@ def test_dry_run_writes_nothing(photos, tmp_path):
     assert "left out: 1 unreadable" in text and "steps: 3 an epoch, 9 in all" in text
     assert re.search(r"memory: about \d+ MB on cpu: .* 4 crops of 64 pixels at once \d+ MB \(\d+ MB each\)", text)
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_where_there_is_a_run(photos, tmp_path):
+    config, recorder = replace(TINY, out=str(tmp_path / "run")), Recorder()
+    dry_run(photos, replace(config, resume="yes"), recorder)
+    assert "holds no run: --resume alone is refused" in recorder.lines[-1] and not (tmp_path / "run").exists()
+    train(photos, config, Recorder(stop_after=5))
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    for change, message in (
+        ({}, "a run, 1 epochs and 2 steps of the next one done: without --resume a start is refused and nothing is"),
+        ({"skip": True}, "a run, 1 epochs and 2 steps"),
+        ({"resume": "auto"}, "holds a run: it would go on with epoch 2, step 3"),
+        ({"resume": "yes", "epochs": 1}, "holds a run: all its epochs are done"),
+    ):
+        recorder = Recorder()
+        dry_run(photos, replace(config, **change), recorder)
+        assert message in recorder.lines[-1] and any("memory: about" in line for line in recorder.lines)
+    with pytest.raises(TrainingError, match="cannot resume with other options: skip"):
+        dry_run(photos, replace(config, resume="auto", skip=True), Recorder())
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
 
 
 def test_three_photos_are_enough_and_grey_ones_are_not(photos, tmp_path):
