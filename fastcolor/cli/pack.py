@@ -21,7 +21,8 @@ def pack(
     """Decode photos once, so that no epoch of a training needs to.
 
     Writes raw pixels that training maps into memory: 3 bytes a pixel, 249 KB for 288 × 288. Photos that cannot be read
-    or have no colour are left out and counted. Ctrl-C stops after the photos under way; the same command goes on.
+    are left out and counted; those without colour are kept and marked, for `--task classify`. Ctrl-C stops after the
+    photos under way; the same command goes on.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,4 +64,5 @@ def pack(
     if not result.finished:
         typer.echo(f"stopped; the same command goes on after {result.photos} photos", err=True)
         raise typer.Exit(130)
-    typer.echo(f"{out}: {result.photos} photos; fastcolor train {out}")
+    grey = f", {result.grey} of them without colour" if result.grey else ""
+    typer.echo(f"{out}: {result.photos} photos{grey}; fastcolor train {out}")

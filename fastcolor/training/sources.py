@@ -4,7 +4,7 @@ A photo inside another file has a path that says all that is needed to read it, 
 paths whatever they are, and workers need no index:
 
     shards/00000.tar!1536:48213!a/0001.jpg        bytes 1536 to 1536 + 48213 of the tar file
-    packed/train/00000.bin!0:288:384!a/0001.jpg   288 × 384 pixels of RGB from byte 0 on
+    packed/train/00000.bin!0:288:384!a/0001.jpg   288 × 384 pixels of RGB from byte 0 on; 0:288:384:1 if grey
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastcolor._files import atomic_path
+from fastcolor._files import FolderInUse, FolderLock, atomic_path
 from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips, open_bytes, open_file, reason, to_srgb
 
 if TYPE_CHECKING:
     import pyvips
 
 PACK = "pack.json"
-VERSION = 1
+VERSION = 2  # 1: without the pictures that have no colour
 _INSIDE = re.compile(r"(?P<file>.*?\.(?:tar|bin))!(?P<place>[0-9:]+)!(?P<name>.*)", re.DOTALL)
 _BATCH = 64  # photos that are decoded together
 _SPLITS = ("train", "val", "all")
@@ -67,7 +67,7 @@ def open_photo(path: str | Path, *, shrink: int = 1) -> pyvips.Image:
 def _packed_pixels(inside: re.Match) -> np.ndarray:
     """[H, W, 3] uint8 in a shard that is mapped into memory, of a path that `_INSIDE` matched."""
     file, name = inside["file"], f"{inside['file']}!{inside['name']}"
-    start, height, width = (int(n) for n in inside["place"].split(":"))
+    start, height, width = (int(n) for n in inside["place"].split(":")[:3])
     try:
         pixels = _mapped(file)[start : start + 3 * height * width]
     except OSError as error:
@@ -89,6 +89,8 @@ def read_pixels(path: str | Path, wanted: float, grey: bool = False) -> np.ndarr
     """
     inside = _INSIDE.fullmatch(str(path))
     if inside is not None and inside["file"].endswith(".bin"):
+        if not grey and _marked_grey(inside):
+            raise ImageError(GREY)
         return _packed_pixels(inside)  # checked when it was written
     image = open_photo(path)
     shrink = next((s for s in (8, 4, 2) if min(image.width, image.height) / s >= wanted), 1)
@@ -135,6 +137,16 @@ def is_packed(path: str | Path) -> bool:
     """Whether these are pixels of a pack, which hold what was checked when they were written."""
     inside = _INSIDE.fullmatch(str(path))
     return inside is not None and inside["file"].endswith(".bin")
+
+
+def is_packed_grey(path: str | Path) -> bool:
+    """Whether these are pixels of a pack that had no colour when they were written."""
+    inside = _INSIDE.fullmatch(str(path))
+    return inside is not None and inside["file"].endswith(".bin") and _marked_grey(inside)
+
+
+def _marked_grey(inside: re.Match) -> bool:
+    return inside["place"].count(":") == 3
 
 
 class _Opened:
@@ -212,9 +224,11 @@ def list_tars(tars: Sequence[Path]) -> list[Path]:
 
 @dataclass
 class Packed:
-    """What `pack` did: photos written and left out, each with its reason, and whether it came to the end."""
+    """What `pack` did: photos written, those of them without colour, those left out, each with its reason, and whether
+    it came to the end."""
 
     photos: int
+    grey: int
     left_out: dict[str, str]
     finished: bool
 
@@ -232,7 +246,9 @@ def pack(
     """Writes photos as raw sRGB pixels that training maps into memory: no epoch decodes a file any more.
 
     A shard is OUT/SPLIT/00000.bin, the pixels of one photo after another, and 00000.npz, which says where each lies;
-    a pack that was stopped goes on after its last shard, and one that was killed after its last whole one.
+    a pack that was stopped goes on after its last shard, and one that was killed after its last whole one. Pictures
+    without colour are written and marked: backbones learn from them, colours do not. A pack that an older fastcolor
+    began goes on as it was begun, without them.
 
     Args:
         splits: photos of "train" and "val", or of "all".
@@ -250,14 +266,23 @@ def pack(
     if not 16 <= size <= 4096:
         raise PackError(f"size must be between 16 and 4096 pixels, got {size}")
     out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(out, "pack.lock") as lock:
+        try:
+            lock.hold()
+        except FolderInUse as error:
+            raise PackError(f"{error}; wait for it, or choose another folder") from None
+        return _pack(splits, root, out, size, shard_bytes, jobs, advance, stopped)
+
+
+def _pack(splits, root, out, size, shard_bytes, jobs, advance, stopped) -> Packed:
+    before = _head(out) if (out / PACK).exists() else None
     head = {
-        "version": VERSION,
+        "version": VERSION if before is None else before["version"],
         "size": size,
         "photos": {split: len(files) for split, files in splits.items()},
         "files": {split: fingerprint(files) for split, files in splits.items()},
         "finished": False,
     }
-    before = _head(out) if (out / PACK).exists() else None
     if before is not None and {**before, "finished": False} != head:
         raise PackError(
             f"{out}: holds a pack of other photos or of another size ({before.get('photos')} at {before.get('size')}, "
@@ -265,22 +290,24 @@ def pack(
         )
     if before is None:
         _write_head(out, head)
-    photos, left_out, finished = 0, {}, True
+    done, with_grey = Packed(0, 0, {}, True), head["version"] > 1
     for split, files in splits.items():
         last = 0
-        for shard in _shards(files, root, out / split, size, shard_bytes, jobs, advance, stopped):
-            photos += len(shard["names"])
-            left_out |= dict(zip(shard["bad"].tolist(), shard["why"].tolist(), strict=True))
+        for shard in _shards(files, root, out / split, size, shard_bytes, jobs, advance, stopped, with_grey):
+            done.photos += len(shard["names"])
+            done.grey += int(shard["grey"].sum()) if "grey" in shard else 0
+            done.left_out |= dict(zip(shard["bad"].tolist(), shard["why"].tolist(), strict=True))
             last = int(shard["consumed"])
-        finished = last == len(files)
-        if not finished:
-            break
-    if finished:
-        _write_head(out, {**head, "finished": True})
-    return Packed(photos, left_out, finished)
+        done.finished = last == len(files)
+        if not done.finished:
+            return done
+    _write_head(out, {**head, "finished": True})
+    return done
 
 
-def _shards(files, root, folder, size, shard_bytes, jobs, advance, stopped) -> Iterator[dict[str, np.ndarray]]:
+def _shards(
+    files, root, folder, size, shard_bytes, jobs, advance, stopped, with_grey
+) -> Iterator[dict[str, np.ndarray]]:
     """The index of each shard: those that are there already, then those that are written now."""
     number = consumed = 0
     while (index := folder / f"{number:05d}.npz").exists():
@@ -291,24 +318,27 @@ def _shards(files, root, folder, size, shard_bytes, jobs, advance, stopped) -> I
         yield shard
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         while consumed < len(files) and not stopped():
-            places, names, bad, at = [], [], {}, 0
+            places, names, grey, bad, at = [], [], [], {}, 0
             with atomic_path(folder / f"{number:05d}.bin") as temporary, open(temporary, "wb") as data:
                 while consumed < len(files) and at < shard_bytes and not stopped():
                     several = files[consumed : consumed + _BATCH]
-                    for path, pixels in zip(several, pool.map(lambda p: _pixels(p, size), several), strict=True):
+                    found = pool.map(lambda p: _pixels(p, size, with_grey), several)
+                    for path, (pixels, note) in zip(several, found, strict=True):
                         name = str(path.relative_to(root))
-                        if isinstance(pixels, str):
-                            bad[name] = pixels
+                        if pixels is None:
+                            bad[name] = note
                         else:
                             data.write(pixels)
                             places.append((at, *pixels.shape[:2]))
                             names.append(name)
+                            grey.append(note == GREY)
                             at += pixels.nbytes
                         advance()
                     consumed += len(several)
             shard = {
                 "places": np.array(places, np.int64).reshape(-1, 3),
                 "names": np.array(names, str),
+                "grey": np.array(grey, bool),
                 "bad": np.array(list(bad), str),
                 "why": np.array(list(bad.values()), str),
                 "consumed": np.int64(consumed),
@@ -319,14 +349,15 @@ def _shards(files, root, folder, size, shard_bytes, jobs, advance, stopped) -> I
             yield shard
 
 
-def _pixels(path: Path, size: int) -> np.ndarray | str:
-    """[H, W, 3] uint8 with a short side of `size` at most, or why there are none."""
+def _pixels(path: Path, size: int, grey: bool) -> tuple[np.ndarray | None, str]:
+    """[H, W, 3] uint8 with a short side of `size` at most, and `GREY` for those without colour; or None and why."""
     try:
-        return shrunk(read_pixels(path, size), size)
+        pixels = read_pixels(path, size, grey)
+        return shrunk(pixels, size), GREY if grey and is_grey(pixels) else ""
     except ImageError as error:
-        return str(error)
+        return None, str(error)
     except libvips().Error as error:
-        return f"{path}: broken ({reason(error)})"
+        return None, f"{path}: broken ({reason(error)})"
 
 
 def _write_head(out: Path, head: dict) -> None:
@@ -340,8 +371,8 @@ def _head(folder: Path) -> dict:
         version = head["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackError(f"{folder / PACK}: not the head of a pack ({error})") from error
-    if version != VERSION:
-        raise PackError(f"{folder}: a pack of version {version}, expected {VERSION}: pack the photos again")
+    if version not in range(1, VERSION + 1):
+        raise PackError(f"{folder}: a pack of version {version}, expected {VERSION} at most: pack the photos again")
     return head
 
 
@@ -364,9 +395,10 @@ def list_pack(folder: Path) -> dict[str, list[Path]]:
             if not (data.exists() and index.exists()):
                 raise PackError(f"{data if index.exists() else index}: missing from the pack")
             shard = np.load(index)
+            grey = shard["grey"] if "grey" in shard else np.zeros(len(shard["names"]), bool)
             photos += [
-                Path(f"{data}!{start}:{height}:{width}!{name}")
-                for (start, height, width), name in zip(shard["places"], shard["names"], strict=True)
+                Path(f"{data}!{start}:{height}:{width}{':1' if without else ''}!{name}")
+                for (start, height, width), name, without in zip(shard["places"], shard["names"], grey, strict=True)
             ]
             consumed, number = int(shard["consumed"]), number + 1
         listed[split] = photos
