@@ -188,6 +188,7 @@ class Run:
         at_once = max(1, config.batch_size // team.world // config.accumulate)
         order = InOrder(len(middle), team.rank, team.world)
         self.val_loader = make_loader(middle, order, at_once, min(workers, 2), pin)
+        self._val_at_once = at_once
         # spread over the list: in order of folders, the first ones would be of one class
         share = min(_PRIOR_IMAGES, len(photos.train))
         whole = PhotoCrops([photos.train[i * len(photos.train) // share] for i in range(share)], config.size)
@@ -358,10 +359,7 @@ class Run:
 
     def _memory_advice(self, images: int) -> str:
         config, team = self.config, self.team
-        self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._let_go()
         text = f"out of memory with {images} crops of {config.size} pixels at once on {self.device}"
         free = memory.free_bytes(self.device)
         try:
@@ -381,24 +379,58 @@ class Run:
             f"steps --accumulate {pieces}"
         )
 
+    def _let_go(self) -> None:
+        """Of memory that the next try needs."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _measured(self, batch: Batch) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """Of a batch's images, all at once; where memory runs out, of fewer at once from then on: images are judged one
+        by one, and a run could not go on with another batch size."""
+        at = 0
+        while at < len(batch.rgb):
+            found, images = None, min(self._val_at_once, len(batch.rgb) - at)
+            rgb, seeds, labels = (x[at : at + images] for x in (batch.rgb, batch.seeds, batch.labels))
+            try:
+                rgb, seeds, labels = self._on_device(Batch(rgb, [], seeds, labels))
+                found = self.judged.measure(Batch(rgb, [], seeds, labels))
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            if found is not None:
+                at += images
+                yield found
+                continue
+            rgb = seeds = labels = None  # out here the error, and with it all that it holds, is gone
+            self._let_go()
+            text = f"out of memory with {images} crops of {self.config.size} pixels at once in validation"
+            if images == 1:
+                raise TrainingError(
+                    f"{text} on {self.device}; the epoch's training is saved: --resume where there is more memory, or "
+                    "start again with a smaller --size"
+                )
+            self._val_at_once = images // 2
+            self.reporter.say(f"{text}: goes on with {self._val_at_once}")
+
     @torch.no_grad()
     def validate(self, stop: Stop) -> tuple[dict[str, float], Tensor | None] | None:
         """Means over the validation images, and the grid of samples [3, H, W] uint8, where the task has pictures.
 
         None after an interruption.
         """
-        judged = self.judged.eval()
+        self.judged.eval()
         self.reporter.stage("validation", len(self.val_loader.dataset))
         totals, count, rows = {}, 0, []
         for batch in self._batches(self.val_loader, stop):
-            rgb, seeds, labels = self._on_device(batch)
-            values, pictures = judged.measure(Batch(rgb, [], seeds, labels))
-            for name, each in values.items():
-                totals[name] = totals.get(name, 0.0) + each.double().sum().item()
-            count += len(rgb)
-            if pictures is not None:
-                rows += [row.cpu() for row in pictures[: _SAMPLES - len(rows)]]
-            self.reporter.advance(len(rgb) * self.team.world)
+            for values, pictures in self._measured(batch):
+                for name, each in values.items():
+                    totals[name] = totals.get(name, 0.0) + each.double().sum().item()
+                if pictures is not None:
+                    rows += [row.cpu() for row in pictures[: _SAMPLES - len(rows)]]
+            count += len(batch.rgb)
+            self.reporter.advance(len(batch.rgb) * self.team.world)
             if stop.asked:
                 break
         if self.agree(stop.asked):

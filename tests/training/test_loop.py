@@ -23,7 +23,7 @@ from fastcolor.ops.cross_entropy import color_cross_entropy
 from fastcolor.reference import mean_field as reference
 from fastcolor.training import color, memory
 from fastcolor.training.average import Average
-from fastcolor.training.color import split_lab
+from fastcolor.training.color import ColorTask, split_lab
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import Batch, DataError
 from fastcolor.training.distributed import Team
@@ -510,6 +510,35 @@ def test_a_run_that_came_and_went_meanwhile(photos, tmp_path):
 
     with pytest.raises(TrainingError, match="another run has been there since this one started"):
         train(photos, config, Slow())
+
+
+def test_out_of_memory_in_validation(photos, tmp_path, monkeypatch):
+    """Fewer at once have the same means; where not even one fits there is a word, and the epoch is not lost."""
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+    whole = train(photos, replace(config, out=str(tmp_path / "whole"))).history
+    measure, seen, most = ColorTask.measure, [], 2
+
+    def limited(task, batch):
+        seen.append(len(batch.rgb))
+        if len(batch.rgb) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return measure(task, batch)
+
+    monkeypatch.setattr(ColorTask, "measure", limited)
+    recorder = Recorder()
+    (entry,) = train(photos, config, recorder).history
+    said = [line for line in recorder.lines if "out of memory" in line]
+    assert said == ["out of memory with 3 crops of 64 pixels at once in validation: goes on with 1"]
+    assert seen == [3, 1, 1, 1]
+    for name in ("loss", "val_loss", "val_psnr", "val_colorfulness"):
+        assert entry[name] == pytest.approx(whole[0][name], rel=1e-5)
+    grids = [pyvips.Image.new_from_file(str(tmp_path / x / "samples/epoch_0001.png")) for x in ("whole", "run")]
+    assert grids[0].height == grids[1].height and (grids[0] - grids[1]).abs().max() <= 1
+    most, config = 0, replace(config, out=str(tmp_path / "none"))
+    with pytest.raises(TrainingError, match="out of memory with 1 crops of 64 .* --resume where there is more memory"):
+        train(photos, config)
+    monkeypatch.undo()
+    assert train(photos, replace(config, resume=True)).history[0]["val_loss"] == whole[0]["val_loss"]
 
 
 def test_dry_run_writes_nothing(photos, tmp_path):
