@@ -420,7 +420,8 @@ class Run:
 
         None after an interruption.
         """
-        self.judged.eval()
+        # what is saved; without shared normalization each process has statistics of its own
+        self.team.follow(self.judged.eval())
         self.reporter.stage("validation", len(self.val_loader.dataset))
         totals, count, rows = {}, 0, []
         for batch in self._batches(self.val_loader, stop):
