@@ -126,6 +126,8 @@ class Run:
                 f"batch_size is the whole step's: {self.team.world} processes with {config.accumulate} pieces each "
                 f"need {least} at least, got {config.batch_size}"
             )
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"out must be a folder, {self.out} is a file")
         there = (self.out / STATE).exists()
         if dry:
             return there and config.resume != "no"

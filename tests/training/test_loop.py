@@ -197,7 +197,10 @@ def test_bad_folders_and_options(tmp_path, photos):
         train(tmp_path / "none", replace(TINY, out=out))
     with pytest.raises(RuntimeError, match="device 'cuda:77' cannot be used"):
         train(photos, replace(TINY, out=out, device="cuda:77"))
+    (tmp_path / "file").write_text("")
     for change, message in (
+        ({"out": str(tmp_path / "file")}, "out must be a folder, .*file is a file"),
+        ({"seed": 2**70}, "seed must be at most 9223372036854775807"),
         ({"head": "gan"}, "head must be one of distribution, regression; got 'gan'"),
         ({"size": 8}, "size must be at least 64, got 8"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
@@ -206,7 +209,7 @@ def test_bad_folders_and_options(tmp_path, photos):
         ({"val_share": 1.0}, "val_share must be between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(photos, replace(TINY, out=out, **change))
+            train(photos, replace(TINY, **{"out": out, **change}))
     for usable in (1, 0):
         for path in find_images(photos)[usable:]:
             path.write_text("no image")
