@@ -14,8 +14,11 @@ import json
 import os
 import re
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +36,8 @@ PACK = "pack.json"
 VERSION = 2  # 1: without the pictures that have no colour
 _INSIDE = re.compile(r"(?P<file>.*?\.(?:tar|bin))!(?P<place>[0-9:]+)!(?P<name>.*)", re.DOTALL)
 _BATCH = 64  # photos that are decoded together
+_INDEXED = 100  # images that make it worth keeping the list of a tar file
+_INDEX_VERSION = 1
 _SPLITS = ("train", "val", "all")
 GREY = "greyscale: no colour to learn from"
 _GREY_LEVELS = 3  # largest difference between channels, of 255, in a picture that counts as grey
@@ -192,7 +197,8 @@ def find_tars(folder: Path) -> list[Path]:
 def list_tars(tars: Sequence[Path]) -> list[Path]:
     """The images of uncompressed tar files, by headers alone: their pixels are read when they are needed.
 
-    A class that stands beside an image (0001.cls beside 0001.jpg, as WebDataset writes it) becomes its folder.
+    A class that stands beside an image (0001.cls beside 0001.jpg, as WebDataset writes it) becomes its folder. What a
+    tar file holds is kept in the user's cache folder, and read again when the file is another one.
 
     Raises:
         ImageError: not a tar file, or a compressed one, in which nothing can be found without reading all before it.
@@ -200,23 +206,82 @@ def list_tars(tars: Sequence[Path]) -> list[Path]:
 
     def members(tar: Path) -> list[Path]:
         try:
-            with tarfile.open(tar, "r:") as file:
-                found, classes = [], {}
-                for m in file:
-                    stem, suffix = os.path.splitext(m.name)
-                    if not m.isfile() or os.path.basename(m.name).startswith("."):
-                        continue
-                    if suffix == ".cls":
-                        classes[stem] = file.extractfile(m).read(64).decode().strip()
-                    elif suffix.lower() in SUFFIXES:
-                        found.append((stem, m))
-            named = [(f"{classes[s]}/{os.path.basename(m.name)}" if s in classes else m.name, m) for s, m in found]
-            return [Path(f"{tar}!{m.offset_data}:{m.size}!{name}") for name, m in named]
+            identity = _identity(tar)
+            index = _index_file(tar)
+            found = _kept_members(index, identity)
+            if found is None:
+                found = _read_members(tar)
+                # one that is still being written is another file in a moment
+                if len(found) >= _INDEXED and identity == _identity(tar):
+                    _keep_members(index, identity, found)
         except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
             raise ImageError(f"{tar}: not a readable, uncompressed tar file ({error})") from error
+        return [Path(f"{tar}!{start}:{size}!{name}") for start, size, name in found]
 
     with ThreadPoolExecutor(8) as pool:
         return [photo for found in pool.map(members, tars) for photo in found]
+
+
+_Members = list[tuple[int, int, str]]  # where each image starts, its bytes, its name
+
+
+def _read_members(tar: Path) -> _Members:
+    with tarfile.open(tar, "r:") as file:
+        found, classes = [], {}
+        for m in file:
+            stem, suffix = os.path.splitext(m.name)
+            if not m.isfile() or os.path.basename(m.name).startswith("."):
+                continue
+            if suffix == ".cls":
+                classes[stem] = file.extractfile(m).read(64).decode().strip()
+            elif suffix.lower() in SUFFIXES:
+                found.append((stem, m))
+    named = [(f"{classes[s]}/{os.path.basename(m.name)}" if s in classes else m.name, m) for s, m in found]
+    return [(m.offset_data, m.size, name) for name, m in named]
+
+
+def _identity(tar: Path) -> list[int]:
+    """What changes with a file: its bytes, and when it and its name were written."""
+    found = os.stat(tar)
+    return [_INDEX_VERSION, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _index_file(tar: Path) -> Path | None:
+    """Where the members of a tar file are kept; None without a folder for it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):  # nobody's home
+        return None
+    name = hashlib.sha256(os.fsencode(os.path.realpath(tar))).hexdigest()[:32]
+    return Path(cache, "fastcolor", "tars", f"{name}.npz")
+
+
+def _kept_members(index: Path | None, identity: list[int]) -> _Members | None:
+    """What was kept of the very same file; None where nothing was, or it cannot be read."""
+    if index is None:
+        return None
+    try:
+        with np.load(index) as kept:
+            if kept["identity"].tolist() != identity:
+                return None
+            names = kept["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
+            return list(zip(kept["starts"].tolist(), kept["sizes"].tolist(), names, strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _keep_members(index: Path | None, identity: list[int], found: _Members) -> None:
+    """For the next start. Nothing is said where it cannot be written: the tar file is listed again then."""
+    if index is None:
+        return
+    starts, sizes, names = zip(*found, strict=True)
+    with suppress(OSError), atomic_path(index) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(
+            file,
+            identity=np.array(identity, np.int64),
+            starts=np.array(starts, np.int64),
+            sizes=np.array(sizes, np.int64),
+            names=np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8),  # no name has a zero
+        )
 
 
 # --- packs ------------------------------------------------------------------------------------------------------------

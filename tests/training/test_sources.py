@@ -59,6 +59,74 @@ def test_large_photos_of_a_tar_are_decoded_small(tmp_path):
     assert open_photo(member, shrink=8).width == 80 and open_photo(member).width == 640
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder in which a tar file of one image counts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_INDEXED", 1)
+    return tmp_path / "cache" / "fastcolor" / "tars"
+
+
+def never(*_):
+    raise AssertionError("the tar file was read again")
+
+
+def test_the_list_of_a_tar_is_kept(photos, tmp_path, monkeypatch, cache):
+    files = find_images(photos)
+    files[0] = files[0].rename(files[0].with_name("a\nbé \udcff!1:2!.PNG"))
+    files[2].with_suffix(".cls").write_text("17\n")
+    tar = tar_of([*files, files[2].with_suffix(".cls")], tmp_path / "a.tar", photos)
+    first = list_tars([tar])
+    assert len(first) == 12 and sum("!17/" in str(p) for p in first) == 1 and len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(sources, "_read_members", never)
+    assert list_tars([tar]) == first
+    monkeypatch.chdir(tmp_path)  # by another name it is the same file
+    assert [str(p) for p in list_tars(["a.tar"])] == [str(p).removeprefix(f"{tmp_path}/") for p in first]
+
+
+def test_another_tar_under_the_name_is_read_anew(photos, tmp_path, cache):
+    files = find_images(photos)
+    tar = tar_of(files[:5], tmp_path / "a.tar", photos)
+    before, stood = list_tars([tar]), tar.stat()
+    os.replace(tar_of(files[5:8], tmp_path / "b.tar", photos), tar)
+    assert [p.name for p in list_tars([tar])] == [f.name for f in files[5:8]]
+    tar_of(files[:5], tar, photos)
+    renamed = files[0].with_name("zz" + files[0].name[2:])  # as many bytes, and the old time
+    os.rename(files[0], renamed)
+    tar_of([renamed, *files[1:5]], tar, photos)
+    os.utime(tar, ns=(stood.st_atime_ns, stood.st_mtime_ns))
+    assert tar.stat().st_size == stood.st_size
+    assert [p.name for p in list_tars([tar])] == [renamed.name, *(p.name for p in before[1:])]
+
+
+@pytest.mark.parametrize("content", [b"", b"no index", b"PK\x03\x04 half a zip"], ids=repr)
+def test_a_broken_list_is_read_anew(photos, tmp_path, cache, content):
+    tar = tar_of(find_images(photos), tmp_path / "a.tar", photos)
+    first = list_tars([tar])
+    (index,) = cache.iterdir()
+    whole = index.read_bytes()
+    index.write_bytes(content)
+    assert list_tars([tar]) == first and len(index.read_bytes()) == len(whole)
+    index.write_bytes(whole[: len(whole) // 2] + whole[len(whole) // 2 + 9 :])
+    assert list_tars([tar]) == first
+
+
+def test_without_a_cache_folder_tars_are_listed_all_the_same(photos, tmp_path, monkeypatch, cache):
+    tar = tar_of(find_images(photos), tmp_path / "a.tar", photos)
+    (tmp_path / "cache").write_text("a file, in which no folder can be made")
+    assert len(list_tars([tar])) == 12
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home
+    monkeypatch.chdir(tmp_path / "photos")
+    assert len(list_tars([tar])) == 12 and not (tmp_path / "photos" / "~").exists()
+
+
+def test_short_tars_are_not_kept(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(list_tars([tar_of(find_images(photos), tmp_path / "a.tar", photos)])) == 12
+    assert not (tmp_path / "cache").exists()
+
+
 def test_more_tars_than_files_may_be_open(photos, tmp_path):
     file = find_images(photos)[0]
     members = [list_tars([tar_of([file], tmp_path / f"{i:03d}.tar", photos)])[0] for i in range(300)]
