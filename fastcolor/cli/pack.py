@@ -15,8 +15,8 @@ def pack(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the pack; give it to `fastcolor train` as DATA.")],
     size: Annotated[int, typer.Option(help="Short side to keep, pixels: 9/8 of the training crops, or more.")] = 288,
-    shard_size: Annotated[int, typer.Option(help="Megabytes of a shard, about.")] = 1024,
-    jobs: Annotated[int, typer.Option(help="Threads that decode; 0 for all processors.")] = 0,
+    shard_size: Annotated[int, typer.Option(min=1, help="Megabytes of a shard, about.")] = 1024,
+    jobs: Annotated[int, typer.Option(min=0, help="Threads that decode; 0 for all processors.")] = 0,
 ) -> None:
     """Decode photos once, so that no epoch of a training needs to.
 

@@ -330,6 +330,8 @@ def pack(
     """
     if not 16 <= size <= 4096:
         raise PackError(f"size must be between 16 and 4096 pixels, got {size}")
+    if shard_bytes < 1:
+        raise PackError(f"shard_bytes must be positive, got {shard_bytes}")
     out.mkdir(parents=True, exist_ok=True)
     with FolderLock(out, "pack.lock") as lock:
         try:

@@ -290,6 +290,14 @@ def test_pack_of_another_version(tmp_path):
         list_pack(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"size": 8}, {"shard_bytes": 0}], ids=str)
+def test_pack_options_out_of_range(photos, tmp_path, change):
+    (name,) = change
+    with pytest.raises(PackError, match=f"{name} must be"):
+        pack({"all": find_images(photos)}, photos, tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
 def test_command(photos, tmp_path):
     pyvips.Image.black(40, 40).write_to_file(str(photos / "grey.png"))
     (photos / "broken.png").write_text("no image")
