@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastcolor._version import __version__
-from fastcolor.cli.colorize import _finite, _load, _refuse
+from fastcolor.cli._options import Device, Mrf, Quiet, Saturation, Size, Temperature, Vividness, Weights, _finite
+from fastcolor.cli.colorize import _load, _refuse
 
 if TYPE_CHECKING:
     from fastcolor.video.film import Status, Summary
@@ -212,30 +213,20 @@ def video(
         Path | None, typer.Option(help="Picture or film whose proportions of colors are taken over.")
     ] = None,
     strength: Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Of palette and reference.")] = 1.0,
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights of `fastcolor train` instead of the bundled ones.")
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(min=16, max=4096, help="Short side that the network sees; the checkpoint's by default."),
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0.01, max=10, callback=_finite, help="Of the annealed mean: 1 is the mean, 0.01 the mode."),
-    ] = 0.38,
-    vividness: Annotated[
-        float | None, typer.Option(min=0, max=1, callback=_finite, help="0 takes the safest colors, 1 the most vivid.")
-    ] = None,
-    saturation: Annotated[float, typer.Option(min=0, max=10, callback=_finite, help="Factor on chroma.")] = 1.0,
-    mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    weights: Weights = None,
+    size: Size = None,
+    temperature: Temperature = 0.38,
+    vividness: Vividness = None,
+    saturation: Saturation = 1.0,
+    mrf: Mrf = True,
+    device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads of network, decoder and encoder each.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished segments of a run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
     stats: Annotated[Path | None, typer.Option(help="File for a summary in JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Colorize a film.
 
