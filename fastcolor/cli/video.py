@@ -333,7 +333,8 @@ def _conclude(summary: Summary, out: str, stats: Path | None, reporter: Reporter
         reporter.say(f"interrupted: {what}{then}")
         raise typer.Exit(130)
     if summary.broken_off:
-        reporter.say(f"error: {summary.broken_off}; what there is was colorized")
+        then = "; finished segments are kept, --resume goes on" if parts_folder(Path(out)).is_dir() else ""
+        reporter.say(f"error: {summary.broken_off}; what there is was colorized{then}")
     if not reporter.quiet:
         before = f", {summary.resumed} of them in earlier runs" if summary.resumed else ""
         rate = made / max(summary.seconds, 1e-9)

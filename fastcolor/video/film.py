@@ -177,7 +177,7 @@ class _Film:
         # what cannot be read twice, or not be joined, goes straight to its place
         self.segmented = not self.images and target != STREAM and source != STREAM and "://" not in source
         self.status, self.summary = Status(), Summary()
-        self.read_out = False  # whether the reader came to the end of the film
+        self.read_out = False  # whether the reader came to its end, that of the film or before
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
 
     def run(self, overwrite: bool, resume: bool) -> Summary:
@@ -345,9 +345,13 @@ class _Film:
             self.reader.free = not pipeline.busy("read")
             raise
         self.summary.stopped = not self.read_out
-        if parts is not None and not self.summary.stopped:
+        if parts is not None and self._whole():
             parts.complete, parts.why = True, self.reader.ended.why
             parts.save()
+
+    def _whole(self) -> bool:
+        """Whether all that can be had of the film was read: no later run would find more."""
+        return self.read_out and not self.reader.ended.passing
 
     def _colour(self, colorizer: ColorsFrames, read: Channel, coloured: Channel) -> None:
         options, info, pixels = self.options, self.reader.info, self.encoding.pixels
@@ -387,7 +391,7 @@ class _Film:
             if self.watch:
                 self.watch(self.status)
         if began is not None:
-            cut(self.read_out)
+            cut(self._whole())
         coloured.put(None)
 
     def _join(self, parts: Parts, form: str, copier: Copier) -> None:
@@ -395,11 +399,12 @@ class _Film:
             parts.remove()
             if self.summary.stopped:
                 return
-            raise VideoError(f"{self.source}: has no frames")
+            why = f" ({self.reader.ended.why})" if self.reader.ended.why else ""
+            raise VideoError(f"{self.source}: has no frames{why}")
         self.status.joining = True
         if self.watch:
             self.watch(self.status)
-        whole = not self.summary.stopped
+        whole = parts.complete
         join(parts, form, self.reader, self.encoding, copier, whole)
         if whole:
             parts.remove()
@@ -429,7 +434,7 @@ class _Film:
         if summary.stopped:
             return
         at = ended.at if not parts or not parts.parts else float(parts.parts[-1].end * reader.info.time_base)
-        why = parts.why if parts is not None else ended.why
+        why = ended.why or (parts.why if parts is not None else None)
         if why:
             summary.broken_off = f"{reader.label}: ends at {clock(at)}: {why}"
             return

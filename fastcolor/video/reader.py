@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import time
@@ -27,6 +28,12 @@ _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # FFmpeg shows text as video
 _WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf", "mxf"}  # what their headers say is not a guess
 _LEAD = 2.0  # seconds before the wanted frame to which is sought, so that decoder and filter are in step by then
 _SHORT = 1.0  # seconds that may be missing of the duration that the header gives
+# Of disks, drives that were pulled out, and networks. A file that is cut off, or damaged, gives none of these.
+_PASSING = {
+    errno.EIO, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
+    errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENOMEM,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,16 @@ class End:
     """How reading ended: `why` says what kept it from the end of the film, None where it got there."""
 
     why: str | None = None
+    passing: bool = False  # the film itself goes on there: another run may read it
     at: float = 0.0  # seconds
     damaged: int = 0  # packets and frames that the decoder found damaged
     moved: int = 0  # frames whose timestamps did not rise and were moved
     notes: list[str] = field(default_factory=list)
+
+
+def may_pass(error: OSError | av.FFmpegError) -> bool:
+    """Whether an error in reading is not of the film, but of the disk or network that it lies on."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 def is_sequence(name: str) -> bool:
@@ -338,6 +351,7 @@ class Reader:
                 break
             except (av.FFmpegError, OSError) as error:
                 self.ended.why = f"reading failed there: {getattr(error, 'strerror', None) or error}"
+                self.ended.passing = may_pass(error)
                 with suppress(av.FFmpegError):
                     yield from stream.codec_context.decode(None)  # what the decoder holds back
                 return

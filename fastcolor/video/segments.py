@@ -48,7 +48,7 @@ class Part:
     last: int  # timestamp of the last frame
     end: int  # where the last frame ends
     reorder: int  # frames that may be decoded between a frame's place in time and its place in the file
-    whole: bool = True  # False: the film was stopped in it, so that the next run makes it anew
+    whole: bool = True  # False: the film was stopped or broke off in it, so that the next run makes it anew
 
 
 def fingerprint(path: str) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def join(parts: Parts, form: str, reader: Reader, encoding: Encoding, copier: Co
     """Makes the output of the segments and the other streams of the film, packet by packet, nothing encoded again.
 
     Args:
-        whole: False cuts the other streams where the frames end: the film was stopped there.
+        whole: False cuts the other streams where the frames end: the film was stopped, or broke off, there.
 
     Raises:
         VideoError: a segment is not as it was written. OSError: the output cannot be written.

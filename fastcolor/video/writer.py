@@ -18,7 +18,7 @@ from av.stream import Disposition
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
-from fastcolor.video.reader import STREAM, FilmInfo, Reader, url
+from fastcolor.video.reader import STREAM, FilmInfo, Reader, may_pass, url
 from fastcolor.video.tags import PixelFormat, choose_format
 
 
@@ -273,7 +273,11 @@ class Copier:
         return packet
 
     def packets(self, until: float | None) -> Iterable[av.Packet]:
-        """All that are wanted, read from the file anew; up to `until` seconds."""
+        """All that are wanted, read from the file anew; up to `until` seconds.
+
+        Raises:
+            VideoError: reading failed, though the film goes on there; not where `until` is given.
+        """
         if not self._chosen:
             return
         with av.open(url(self.reader.name), metadata_errors="replace") as container:
@@ -286,7 +290,13 @@ class Copier:
                     if made is None or (until is not None and float(made.dts * made.time_base) >= until):
                         continue
                     yield made
-            except (av.FFmpegError, OSError):
+            except (av.FFmpegError, OSError) as error:
+                if until is None and may_pass(error):
+                    reason = error.strerror or error
+                    raise VideoError(
+                        f"{self.reader.label}: reading of its other streams failed ({reason}); the frames are kept, "
+                        "--resume joins them"
+                    ) from error
                 return  # a damaged end: the frames before it are there as well
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -22,6 +24,7 @@ from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_
 from fastcolor.imaging.files import Picture, read_picture, write_picture
 from fastcolor.video.errors import VideoError
 from fastcolor.video.film import QUEUE, FilmOptions, colorize_film
+from fastcolor.video.reader import Reader
 
 FFV1 = {"codec": "ffv1", "segment": 0.5}
 
@@ -482,6 +485,50 @@ def test_truncated_film(tmp_path, suffix):
     assert not summary.stopped and not (tmp_path / f"out{suffix}.parts").exists()
     if suffix == ".mp4":  # the same by the film's own stream, where the others are not read
         assert "is cut off: ends at" in run(clip, tmp_path / "images/%d.png").broken_off
+
+
+class Failing:
+    """A container that cannot be read any further after some packets."""
+
+    def __init__(self, container, packets):
+        self.container, self.packets = container, packets
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def demux(self, *streams):
+        yield from islice(self.container.demux(*streams), self.packets)
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+
+def test_failed_reading_keeps_finished_segments(tmp_path, monkeypatch):
+    """What is there plays, and a later run goes on: the disk failed, not the film."""
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(96), audio="flac"), tmp_path / "out.mkv"
+    run(clip, tmp_path / "whole.mkv", **FFV1)
+    whole, opened = frame_hashes(tmp_path / "whole.mkv"), Reader._open
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "_open", lambda reader: Failing(opened(reader), 53))
+        summary = run(clip, out, **FFV1)
+    assert summary.broken_off.endswith("in.mkv: ends at 0:00:02.2: reading failed there: Input/output error")
+    assert not summary.stopped and frame_hashes(out) == whole[: summary.frames] and summary.frames == 53
+    again = run(clip, out, resume=True, **FFV1)
+    assert (again.resumed, again.frames, again.broken_off) == (48, 96, None)
+    assert frame_hashes(out) == whole and packets_of(out, "audio") == packets_of(clip, "audio")
+    assert not (tmp_path / "out.mkv.parts").exists()
+
+
+def test_failed_reading_of_sound_loses_nothing(tmp_path, monkeypatch):
+    clip, out = make_clip(tmp_path / "in.mkv", audio="flac"), tmp_path / "out.mkv"
+
+    def failing(copier, packet):
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(VideoError, match="other streams failed .*--resume joins them"):
+        patch.setattr("fastcolor.video.writer.Copier.copy", failing)
+        run(clip, out, **FFV1)
+    assert not out.exists()
+    assert run(clip, out, resume=True, **FFV1).resumed == 30
+    assert packets_of(out, "audio") == packets_of(clip, "audio")
 
 
 def test_film_whose_sound_goes_on_is_whole(tmp_path):
