@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from fastcolor.video.film import Status, Summary
 
 _LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+_PATIENCE = 10.0  # seconds for a run that was given up to end by itself
+_OVER = 0  # is no signal
 _STREAM = "-"
 
 
@@ -132,11 +137,21 @@ def read_cuts(path: Path) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words if word}))
 
 
-@contextmanager
-def _ctrl_c(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
-    """The first Ctrl-C ends the film where it is; the second gives up."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
-    def interrupted(*_) -> None:
+
+@contextmanager
+def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
+    """The first Ctrl-C ends the film where it is; the second gives up, and so does SIGTERM.
+
+    Python sees signals in its main thread alone, and never while that hangs in a read of FFmpeg's: what is then to be
+    done does a thread, which hears of them from the system's own handler.
+    """
+
+    def interrupted(number: int, _) -> None:
+        if number == signal.SIGTERM:
+            raise _Terminated
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -145,11 +160,38 @@ def _ctrl_c(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, interrupted)
+    heard, told = os.pipe()
+
+    def watch() -> None:
+        number, until, given_up = 0, math.inf, False
+        while time.monotonic() < until:
+            if stop.is_set() and not given_up:
+                until = math.inf  # the first Ctrl-C was heard
+            if not select.select([heard], [], [], 0.5 if number else None)[0]:
+                continue
+            came = os.read(heard, 1)[0]
+            if came == _OVER:
+                os.close(heard)
+                return
+            if came in (signal.SIGINT, signal.SIGTERM):
+                given_up = given_up or number != 0 or came == signal.SIGTERM
+                # the main thread may be at work, and hear of the first Ctrl-C late
+                number, until = came, time.monotonic() + (_PATIENCE if given_up else 3 * _PATIENCE)
+        os.write(2, b"interrupted: something hangs, and is left\n")
+        os._exit(128 + number)
+
+    os.set_blocking(told, False)
+    before = [(number, signal.signal(number, interrupted)) for number in (signal.SIGINT, signal.SIGTERM)]
+    wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before:
+            signal.signal(number, handler)
+        os.write(told, bytes([_OVER]))
+        os.close(told)
 
 
 def _identity(files: dict[str, Path | None], options: dict[str, Any], video: Any) -> dict[str, Any]:
@@ -286,7 +328,7 @@ def video(
     files = {"weights": weights or BUNDLED, "hints": hints, "palette": palette, "reference": reference}
     try:
         reporter.start()
-        with _ctrl_c(stop, reporter):
+        with _signals(stop, reporter):
             summary = colorize_film(
                 source,
                 out,
@@ -302,11 +344,12 @@ def video(
         reporter.stop()
         reporter.say(f"error: {error}")
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         reporter.stop()
         kept = parts_folder(Path(out))
-        reporter.say("interrupted" + (f": finished segments are in {kept}, --resume goes on" if kept.is_dir() else ""))
-        raise typer.Exit(130) from None
+        what = "terminated" if isinstance(error, _Terminated) else "interrupted"
+        reporter.say(what + (f": finished segments are in {kept}, --resume goes on" if kept.is_dir() else ""))
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     finally:
         reporter.stop()
     _conclude(summary, out, stats, reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -22,6 +23,7 @@ from av.format import Flags as FormatFlags
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
+from fastcolor.video.pipe import NobodyReads, Pipe
 from fastcolor.video.pipeline import Channel, Pipeline
 from fastcolor.video.reader import STREAM, Picture, Reader, is_sequence, numbered_files
 from fastcolor.video.segments import Parts, SegmentWriter, fingerprint, join, parts_folder
@@ -176,7 +178,7 @@ class _Film:
         self.images = is_sequence(target)
         # what cannot be read twice, or not be joined, goes straight to its place
         self.segmented = not self.images and target != STREAM and source != STREAM and "://" not in source
-        self.status, self.summary = Status(), Summary()
+        self.status, self.summary, self.pipeline = Status(), Summary(), Pipeline()
         self.read_out = False  # whether the reader came to its end, that of the film or before
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
 
@@ -222,18 +224,22 @@ class _Film:
             elif self.images:
                 sink = _Images(self.target, encoding)
             else:
-                sink = _Stream(self.target, form, reader, encoding, copier)
+                sink = _Stream(self.target, form, reader, encoding, copier, self._over)
             try:
                 if parts is None or not parts.complete:
                     self._work(sink, parts)
                 if parts is not None:
                     self._join(parts, form, copier)
-                else:
-                    sink.finish()
+            except NobodyReads as error:
+                if not self.stop.is_set():
+                    raise VideoError(self._failed(error, parts)) from error
+                summary.stopped = True
+                summary.notes.append("standard output: nobody reads it, its end is missing")
             except (OSError, av.FFmpegError) as error:  # a full disk, mostly
                 raise VideoError(self._failed(error, parts)) from error
             finally:
-                sink.discard()
+                if not self.pipeline.busy("write"):  # nothing may be closed under it
+                    sink.discard()
                 if parts is not None:
                     parts.release()
             self._account(reader, copier, parts)
@@ -298,7 +304,7 @@ class _Film:
     # --- the pipeline -------------------------------------------------------------------------------------------------
 
     def _work(self, sink, parts: Parts | None) -> None:
-        pipeline = Pipeline()
+        pipeline = self.pipeline
         read: Channel[Picture | av.Packet] = Channel(pipeline, QUEUE)
         coloured: Channel[_Coloured | _Cut | av.Packet] = Channel(pipeline, QUEUE)
         self.channels = read, coloured
@@ -332,6 +338,7 @@ class _Film:
                     sink.write(item)
                     self.status.written += 1
                 self.busy["write"] += time.perf_counter() - since
+            sink.finish()  # here, as it may have to wait: the main thread sees signals
 
         pipeline.start("read", reading)
         pipeline.start("write", writing)
@@ -348,6 +355,10 @@ class _Film:
         if parts is not None and self._whole():
             parts.complete, parts.why = True, self.reader.ended.why
             parts.save()
+
+    def _over(self) -> bool:
+        """Whether the run was stopped, or has failed."""
+        return self.stop.is_set() or self.pipeline.error is not None
 
     def _whole(self) -> bool:
         """Whether all that can be had of the film was read: no later run would find more."""
@@ -410,6 +421,8 @@ class _Film:
             parts.remove()
 
     def _failed(self, error: OSError | av.FFmpegError, parts: Parts | None) -> str:
+        if self.target == STREAM and isinstance(error, BrokenPipeError):
+            return f"standard output: was closed by who read it, after {self.status.written} frames"
         reason = error.strerror or str(error)
         kept = ""
         if parts is not None and parts.parts:
@@ -522,6 +535,9 @@ class _Segments:
     def copy(self, packet: av.Packet) -> None:
         raise AssertionError("the other streams are copied when the segments are joined")
 
+    def finish(self) -> None:
+        pass
+
     def discard(self) -> None:
         if self._now is not None:
             self._now.discard()
@@ -530,11 +546,12 @@ class _Segments:
 class _Stream:
     """Into a container at once: a pipe, or a file from a pipe."""
 
-    def __init__(self, target: str, form: str, reader: Reader, encoding: Encoding, copier: Copier):
+    def __init__(
+        self, target: str, form: str, reader: Reader, encoding: Encoding, copier: Copier, over: Callable[[], bool]
+    ):
         self.target, self.encoding, self.copier = target, encoding, copier
-        self._temporary = None if target == STREAM else _beside(Path(target))
-        name = "pipe:1" if self._temporary is None else f"file:{self._temporary}"
-        self._container = av.open(name, "w", format=form)
+        self._temporary, self._pipe = (None, Pipe(1, over)) if target == STREAM else (_beside(Path(target)), None)
+        self._container = av.open(self._pipe or f"file:{self._temporary}", "w", format=form)
         self._stream = add_film(self._container, encoding)
         copy_tags(self._stream, reader)
         copier.add_to(self._container)
@@ -567,6 +584,8 @@ class _Stream:
             self._temporary = None
 
     def discard(self) -> None:
+        if self._pipe is not None:  # closing writes, where it was not done yet
+            self._pipe.broken = self._pipe.broken or OSError(errno.EPIPE, "the run is over")
         with suppress(av.FFmpegError, OSError):
             self._container.close()
         if self._temporary is not None:
