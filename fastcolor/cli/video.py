@@ -232,7 +232,10 @@ def video(
     end: Annotated[str | None, typer.Option(callback=_seconds, help="End there.")] = None,
     deinterlace: Annotated[
         bool | None,
-        typer.Option("--deinterlace/--no-deinterlace", help="Make frames of fields, or take frames as they are."),
+        typer.Option(
+            "--deinterlace/--no-deinterlace",
+            help="Make frames of fields, or take frames as they are; else interlaced ones are refused.",
+        ),
     ] = None,
     fps: Annotated[
         str | None, typer.Option(callback=_rate, help="Frames per second of numbered images; 24 by default.")

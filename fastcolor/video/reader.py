@@ -27,6 +27,7 @@ _PATTERN = re.compile(r"%(0\d+)?d")
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # FFmpeg shows text as video
 _WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf", "mxf"}  # what their headers say is not a guess
 _LEAD = 2.0  # seconds before the wanted frame to which is sought, so that decoder and filter are in step by then
+_INTERLACED = "--deinterlace makes frames of its fields, --no-deinterlace takes the frames as they are"
 _SHORT = 1.0  # seconds that may be missing of the duration that the header gives
 # Of disks, drives that were pulled out, and networks. A file that is cut off, or damaged, gives none of these.
 _PASSING = {
@@ -70,7 +71,7 @@ class End:
     """How reading ended: `why` says what kept it from the end of the film, None where it got there."""
 
     why: str | None = None
-    passing: bool = False  # the film itself goes on there: another run may read it
+    passing: bool = False  # the film itself goes on there: another run may read it, maybe with other options
     at: float = 0.0  # seconds
     damaged: int = 0  # packets and frames that the decoder found damaged
     moved: int = 0  # frames whose timestamps did not rise and were moved
@@ -98,8 +99,8 @@ class Reader:
     Args:
         name: a file, a numbered image sequence, an address that FFmpeg knows, or "-" for standard input.
         start, end: seconds from the beginning of the film; only frames in between are read. The film then begins at 0.
-        deinterlace: True weaves fields into frames (bwdif), False takes frames as they are, None refuses interlaced
-            ones.
+        deinterlace: True weaves fields into frames (bwdif), False takes frames as they are, None ends the film before
+            the first that is interlaced (`End.why`), and refuses it where that is the first of all.
         rate: frames per second of an image sequence.
         threads: of the decoder; 0 is FFmpeg's own choice.
         copies: whether `frames` gives the packets of the other streams too, as they come.
@@ -307,6 +308,9 @@ class Reader:
             last, step, number = pts, duration, number + 1
             if number <= skip:
                 continue
+            if frame.interlaced_frame and self.deinterlace is None:  # titles may have come before, which are not
+                self.ended.why, self.ended.passing = f"is interlaced from there on; {_INTERLACED}", True
+                return
             picture = Picture(read_luma(frame, self._colours), pts, duration, number - 1)
             self.ended.at = float((pts + duration) * tick)
             self.seconds += time.perf_counter() - since
@@ -319,10 +323,7 @@ class Reader:
     def _learn(self, frame: av.VideoFrame) -> None:
         """What the first frame says of all."""
         if frame.interlaced_frame and self.deinterlace is None:
-            raise VideoError(
-                f"{self.label}: is interlaced; --deinterlace makes frames of its fields, --no-deinterlace takes the "
-                "frames as they are"
-            )
+            raise VideoError(f"{self.label}: is interlaced; {_INTERLACED}")
         self._colours = read_colours(frame, self.stream.codec_context.name)
         self._bits = _luma_bits(frame)
         self._kind = (frame.width, frame.height, self._bits)

@@ -66,7 +66,8 @@ class Parts:
 
     Args:
         target: the output file.
-        recipe: all that the frames depend on, as JSON takes it; a run goes on only with the same.
+        recipe: all that the frames depend on, as JSON takes it; a run goes on only with the same, but for
+            "deinterlace" of its "options" where that was None.
 
     Raises:
         VideoError: `resume` with nothing to go on from, or another recipe; segments there without `resume` or
@@ -128,8 +129,14 @@ class Parts:
             return None
 
     def _take_over(self, found: dict[str, Any]) -> None:
-        if found["recipe"] != self.recipe:
-            changed = sorted(_differences(found["recipe"], self.recipe))
+        before = found["recipe"]
+        options = before.get("options", {})
+        if (
+            options.get("deinterlace", True) is None
+        ):  # then none of the frames there was interlaced: any answer suits them
+            options["deinterlace"] = self.recipe["options"]["deinterlace"]
+        if before != self.recipe:
+            changed = sorted(_differences(before, self.recipe))
             raise VideoError(f"{self.target}: cannot be resumed, these are not as they were: {', '.join(changed)}")
         for entry in found["parts"]:
             part = Part(**entry)

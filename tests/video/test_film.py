@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -704,6 +705,31 @@ def test_sample_aspect_that_cannot_be_kept_is_said(tmp_path):
     assert run(clip, tmp_path / "out.mov", codec="prores_ks").notes == []
     with av.open(str(tmp_path / "out.mov")) as film:
         assert film.streams.video[0].sample_aspect_ratio == Fraction(16, 15)
+
+
+def test_film_that_turns_interlaced(tmp_path):
+    """Titles before it are not: it ends there, and goes on with one of the options."""
+    both, out = tmp_path / "in.ts", tmp_path / "out.mkv"
+    pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=(64, 64), audio=None, interlaced=i == 1,
+                        times=steady(72)[36 * i : 36 * i + 36]) for i in range(2)]  # fmt: skip
+    both.write_bytes(b"".join(p.read_bytes() for p in pieces))
+    with pytest.raises(VideoError, match="is interlaced; --deinterlace makes frames"):
+        run(both, out, start=2.0, **FFV1)
+    for _ in range(2):  # going on without an answer changes nothing
+        summary = run(both, out, resume=out.exists(), **FFV1)
+        assert summary.broken_off.endswith(
+            "in.ts: ends at 0:00:01.5: is interlaced from there on; --deinterlace makes frames of its fields, "
+            "--no-deinterlace takes the frames as they are"
+        )
+        assert summary.frames == len(luma_planes(out)) == 36 and not summary.stopped
+    shutil.copytree(tmp_path / "out.mkv.parts", tmp_path / "woven.mkv.parts")
+    kept = run(both, out, resume=True, deinterlace=False, **FFV1)
+    woven = run(both, tmp_path / "woven.mkv", resume=True, deinterlace=True, **FFV1)
+    assert kept.broken_off is None and woven.broken_off is None and kept.resumed == woven.resumed == 24
+    before, as_is, made = (luma_planes(p) for p in (both, out, tmp_path / "woven.mkv"))
+    assert len(as_is) == len(made) == len(before) == 72
+    same = [[bool((a == b).all()) for (_, a), (_, b) in zip(before, x, strict=True)] for x in (as_is, made)]
+    assert all(same[0]) and same[1] == [i < 24 for i in range(72)]
 
 
 def test_interlaced(tmp_path):
