@@ -286,7 +286,9 @@ def video(
 
     The luma planes stay as they are; audio, subtitles, chapters, timestamps
     and rotation are copied. Without --out, film.mp4 becomes film-color.mp4
-    beside it. Every ten seconds of film are safe once they are made: after a
+    beside it; .mov and .mkv stay such too, and others (.mpg, .vob, .m2ts,
+    .avi, ...) become .mp4 where players know all streams in it, else .mkv.
+    Every ten seconds of film are safe once they are made: after a
     crash or Ctrl-C, the same command with --resume goes on.
     """
     from fastcolor.model.colorizer import BUNDLED
@@ -298,8 +300,12 @@ def video(
     if out is None:
         if source == _STREAM or "://" in source or "%" in source:
             _refuse(f"--out: is needed for {source}")
+        from fastcolor.video.writer import usual_suffix
+
         path = Path(source)
-        out = str(path.with_name(f"{path.stem}-color{path.suffix}"))
+        out = str(path.with_name(f"{path.stem}-color{usual_suffix(source, codec)}"))
+        if not quiet and Path(out).suffix != path.suffix:
+            typer.echo(f"writing {out}: {path.suffix or 'no suffix'} does not hold it well", err=True)
     reporter = Reporter(quiet)
     stop = threading.Event()
     try:

@@ -335,6 +335,30 @@ def copy_tags(stream: av.VideoStream, reader: Reader) -> None:
     stream.disposition = reader.stream.disposition
 
 
+_USUAL = {".mp4", ".m4v", ".mov", ".mkv"}
+_PLAYED_IN_MP4 = {"h264", "hevc", "av1", "aac", "mp3", "ac3", "eac3", "alac", "opus", "mov_text"}
+
+
+def usual_suffix(name: str, codec: str) -> str:
+    """The suffix of an output beside a film, for an encoder: the film's own where that is .mp4, .m4v, .mov or .mkv, and
+    usual for the encoder.
+
+    Else .mp4 where players know the encoder's stream and all that are copied in it, else .mkv (ProRes: .mov). Program
+    streams, AVI and the like take H.264 without its timestamps, or not at all.
+    """
+    suffix = Path(name).suffix
+    try:
+        made = av.Codec(codec, "w").canonical_name
+        if suffix.lower() in (_USUAL if made in _PLAYED_IN_MP4 else {".mkv", ".mov"} if made == "prores" else {".mkv"}):
+            return suffix
+        with av.open(url(name), metadata_errors="replace") as film:
+            streams = [s for s in film.streams if s.type in ("audio", "subtitle", "attachment")]
+            copied = {getattr(s.codec_context, "name", None) and s.codec_context.codec.canonical_name for s in streams}
+    except (av.FFmpegError, OSError, ValueError):
+        return ".mkv"  # what is wrong with it is said later
+    return ".mov" if made == "prores" else ".mp4" if {made, *copied} <= _PLAYED_IN_MP4 else ".mkv"
+
+
 def format_of(target: str, asked: str | None = None) -> str:
     """The container format of an output, by its suffix; Matroska in a pipe.
 

@@ -106,6 +106,25 @@ def test_refusals(made, args, code, message):
     assert sorted(p.name for p in Path().iterdir()) == ["in.mkv", "in.txt"]
 
 
+@pytest.mark.parametrize(
+    ("name", "audio", "codec", "suffix"),
+    [
+        ("in.mpg", "mp2", "libx264", ".mkv"), ("in.vob", "ac3", "libx264", ".mp4"),
+        ("in.m2ts", "ac3", "libx265", ".mp4"), ("in.m2ts", "ac3", "ffv1", ".mkv"),
+        ("in.ts", "ac3", "prores_ks", ".mov"), ("in.MOV", "ac3", "prores_ks", ".MOV"),
+        ("in.MOV", "ac3", "ffv1", ".mkv"), ("in.mp4", "ac3", "prores_ks", ".mov"),
+    ],
+)  # fmt: skip
+def test_output_beside_films_of_other_containers(made, name, audio, codec, suffix):
+    make_clip(Path(name), times=steady(12), codec="mpeg2video", audio=audio)
+    result = run(name, "--codec", codec)
+    out = f"in-color{suffix}"
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in Path().iterdir()) == sorted([name, out]) and len(luma_planes(Path(out))) == 12
+    assert (f"writing {out}: " in result.stderr) == (Path(name).suffix != suffix) and "left out" not in result.stderr
+    assert packets_of(Path(out), "audio") == packets_of(Path(name), "audio")
+
+
 def test_time_formats():
     assert [command._seconds(t) for t in ("90", "1:30", "0:01:30.5", None)] == [90, 90, 90.5, None]
     assert command._rate("24000/1001") == Fraction(24000, 1001)
