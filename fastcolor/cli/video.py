@@ -46,6 +46,7 @@ class Reporter:
         self.console = Console(stderr=True)
         self._bar: Any = None
         self._started = self._last = time.monotonic()
+        self._joining: float | None = None  # since when
 
     def say(self, text: str) -> None:
         if self._bar is not None:
@@ -68,23 +69,32 @@ class Reporter:
     def watch(self, status: Status) -> None:
         now = time.monotonic()
         if self._bar is not None:
-            if now - self._last >= 0.2 or status.joining:
+            if now - self._last >= 0.2:
                 self._last = now
-                self._bar.update(0, total=status.expected or None, completed=status.written, text=self._text(status))
+                total, done = status.expected or None, status.written
+                if status.joined is not None:
+                    total, done = status.written, status.joined
+                self._bar.update(0, total=total, completed=done, text=self._text(status))
         elif not self.quiet and now - self._last >= _LINE_EVERY:
             self._last = now
             self.say(self._text(status))
 
     def _text(self, status: Status) -> str:
-        if status.joining:
-            return f"{status.written} frames, joining"
-        rate = (status.written - status.resumed) / max(time.monotonic() - self._started, 1e-9)
+        now = time.monotonic()
+        if status.joined is not None:
+            self._joining = now if self._joining is None else self._joining
+            rate = status.joined / max(now - self._joining, 1e-9)
+            left = self._left(status.written - status.joined, rate)
+            return f"joining the segments, {status.joined} of {status.written} frames{left}"
+        rate = (status.written - status.resumed) / max(now - self._started, 1e-9)
         (before, limit), (after, _) = status.queues
-        left = ""
-        if status.expected > status.written and rate > 0:
-            left = time.strftime(", %H:%M:%S left", time.gmtime((status.expected - status.written) / rate))
+        left = self._left(status.expected - status.written, rate)
         of = f" of {status.expected}" if status.expected else ""
         return f"{status.written}{of} frames, {rate:.1f} fps{left}, waiting {before} and {after} of {limit}"
+
+    @staticmethod
+    def _left(frames: int, rate: float) -> str:
+        return time.strftime(", %H:%M:%S left", time.gmtime(frames / rate)) if frames > 0 and rate > 0 else ""
 
     def stop(self) -> None:
         if self._bar is not None:

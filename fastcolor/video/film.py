@@ -104,7 +104,7 @@ class Status:
     read: int = 0
     written: int = 0  # given to the encoder, those that were there included
     queues: tuple[tuple[int, int], tuple[int, int]] = ((0, QUEUE), (0, QUEUE))  # (items, limit) before and after
-    joining: bool = False
+    joined: int | None = None  # frames, once all are written and segments are put together
 
 
 @dataclass
@@ -412,11 +412,15 @@ class _Film:
                 return
             why = f" ({self.reader.ended.why})" if self.reader.ended.why else ""
             raise VideoError(f"{self.source}: has no frames{why}")
-        self.status.joining = True
-        if self.watch:
-            self.watch(self.status)
         whole = parts.complete
-        join(parts, form, self.reader, self.encoding, copier, whole)
+
+        def watch(frames: int) -> None:
+            self.status.joined = frames
+            if self.watch:
+                self.watch(self.status)
+
+        watch(0)
+        join(parts, form, self.reader, self.encoding, copier, whole, watch)
         if whole:
             parts.remove()
 

@@ -18,7 +18,7 @@ import heapq
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -263,11 +263,21 @@ class SegmentWriter:
 # --- joining ----------------------------------------------------------------------------------------------------------
 
 
-def join(parts: Parts, form: str, reader: Reader, encoding: Encoding, copier: Copier, whole: bool) -> None:
+def join(
+    parts: Parts,
+    form: str,
+    reader: Reader,
+    encoding: Encoding,
+    copier: Copier,
+    whole: bool,
+    watch: Callable[[int], None] = lambda frames: None,
+) -> None:
     """Makes the output of the segments and the other streams of the film, packet by packet, nothing encoded again.
 
     Args:
         whole: False cuts the other streams where the frames end: the film was stopped, or broke off, there.
+        watch: called with the number of frames that are joined, after each packet. What it raises ends the joining,
+            which begins anew the next time; the segments stay.
 
     Raises:
         VideoError: a segment is not as it was written. OSError: the output cannot be written.
@@ -293,8 +303,11 @@ def join(parts: Parts, form: str, reader: Reader, encoding: Encoding, copier: Co
             describe(container, reader)
             end = float(parts.parts[-1].end * info.time_base)
             others = copier.packets(None if whole else end)
+            frames = 0
             for packet in heapq.merge(_film_packets(parts, stream, info), others, key=_time):
+                frames += packet.stream is stream
                 container.mux_one(packet)
+                watch(frames)
         except BaseException:
             with suppress(av.FFmpegError, OSError):
                 container.close()

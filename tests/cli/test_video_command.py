@@ -149,6 +149,7 @@ def test_lines_of_progress_without_terminal(made, monkeypatch):
     result = run("in.mkv", "-o", "out.mkv", "--codec", "ffv1")
     lines = result.stderr.splitlines()
     assert any("of 30 frames, " in line and " fps" in line and " waiting " in line for line in lines), lines
+    assert any(re.fullmatch(r"joining the segments, \d+ of 30 frames, 00:00:0\d left", line) for line in lines), lines
     assert run("in.mkv", "-o", "out.mkv", "--codec", "ffv1", "--overwrite", "-q").output == ""
 
 

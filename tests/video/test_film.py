@@ -261,6 +261,26 @@ def test_stopped_before_the_first_frame(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.mkv"]
 
 
+def test_joining_is_watched_and_can_be_broken_off(tmp_path):
+    clip, out, seen = make_clip(tmp_path / "in.mkv", times=steady(60), audio="flac"), tmp_path / "out.mkv", []
+    run(clip, tmp_path / "whole.mkv", **FFV1)
+
+    def watch(status):
+        if status.joined is not None:
+            seen.append((status.joined, status.written))
+            if status.joined == 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, out, watch=watch, **FFV1)
+    assert seen[0] == (0, 60) and sorted(set(seen)) == [(i, 60) for i in range(21)] and not out.exists()
+    assert not list((tmp_path / "out.mkv.parts").glob("joined*"))
+    again = []
+    assert run(clip, out, resume=True, watch=lambda status: again.append(status.joined), **FFV1).resumed == 60
+    assert again[-1] == 60 and frame_hashes(out) == frame_hashes(tmp_path / "whole.mkv")
+    assert packets_of(out, "audio") == packets_of(clip, "audio")
+
+
 def test_killed_film_loses_no_finished_segment(tmp_path):
     """kill -9 in the middle, a second one while segments are joined, and half a manifest beside."""
     clip = make_clip(tmp_path / "in.mkv", times=steady(96), audio="flac")
