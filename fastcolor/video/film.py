@@ -130,11 +130,13 @@ class _Coloured:
 
 @dataclass
 class _Cut:
-    """The end of a segment. `state` is the colorizer's; `whole` is False where the film was stopped in it."""
+    """The end of a segment. `state` is the colorizer's; `whole` is False where the film was stopped in it; `done` is
+    `_Film._done` by then."""
 
     state: bytes
     whole: bool
     moved: int
+    done: dict[str, float]
 
 
 def colorize_film(
@@ -181,9 +183,10 @@ class _Film:
         self.status, self.summary, self.pipeline = Status(), Summary(), Pipeline()
         self.read_out = False  # whether the reader came to its end, that of the film or before
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
+        self.before: dict[str, float] = {}  # `_done` of earlier runs, up to where this one goes on
 
     def run(self, overwrite: bool, resume: bool) -> Summary:
-        started = time.monotonic()
+        self.started = time.monotonic()
         options, summary = self.options, self.summary
         form = "image2" if self.images else format_of(self.target, options.format)
         self._check_target(overwrite, resume)
@@ -220,6 +223,7 @@ class _Film:
             if self.segmented:
                 parts = Parts(Path(self.target), self._recipe(), resume=resume, overwrite=overwrite)
                 self.status.resumed = self.status.written = summary.resumed = parts.frames
+                self.before = parts.parts[-1].done if parts.parts else {}
                 sink = _Segments(parts, encoding)
             elif self.images:
                 sink = _Images(self.target, encoding)
@@ -244,7 +248,7 @@ class _Film:
                     parts.release()
             self._account(reader, copier, parts)
         summary.frames = self.status.written
-        summary.seconds = time.monotonic() - started
+        summary.seconds = time.monotonic() - self.started
         self._stats(summary)
         return summary
 
@@ -385,7 +389,7 @@ class _Film:
             hand_on(colorizer.flush)
             state = io.BytesIO()
             torch.save(colorizer.state_dict(), state)
-            coloured.put(_Cut(state.getvalue(), whole, self.reader.ended.moved))
+            coloured.put(_Cut(state.getvalue(), whole, self.reader.ended.moved, self._done()))
 
         for item in read.items(self.stop):
             if isinstance(item, av.Packet):
@@ -460,11 +464,25 @@ class _Film:
             early = f"{missing:.1f} s before the end that its header gives"
             summary.broken_off = f"{reader.label}: is cut off: ends at {clock(at)}, {early}"
 
-    def _stats(self, summary: Summary) -> None:
-        """fps by stage: frames of this run over the seconds that the stage worked."""
-        made = summary.frames - summary.resumed
-        stages = {"read": self.reader.seconds, **self.busy}
+    def _done(self) -> dict[str, float]:
+        """Seconds and counts of the film, in this run and in earlier ones, without what they threw away."""
         stats = getattr(getattr(self, "colorizer", None), "stats", None)
+        now = {"runs": 1, "seconds": time.monotonic() - self.started}
+        now |= {f"stage {k}": s for k, s in {"read": self.reader.seconds, **self.busy}.items()}
+        if stats is not None:
+            now |= {"network_runs": stats.network, "cuts": stats.cuts}
+            now |= {f"step {k}": s for k, s in stats.seconds.items()}
+        return {k: self.before.get(k, 0) + now.get(k, 0) for k in {**self.before, **now}}
+
+    def _stats(self, summary: Summary) -> None:
+        """All runs of the film together, but for what is named after the last. fps by stage: frames over the seconds
+        that the stage worked."""
+        done, made = self._done(), summary.frames - summary.resumed
+
+        def parts_of(kind: str) -> dict[str, float]:
+            return {k.removeprefix(kind): round(s, 3) for k, s in done.items() if k.startswith(kind)}
+
+        stages = parts_of("stage ")
         waits = {}
         if hasattr(self, "channels"):
             read, coloured = self.channels
@@ -477,23 +495,25 @@ class _Film:
         summary.stats |= {
             "frames": summary.frames,
             "resumed": summary.resumed,
-            "seconds": round(summary.seconds, 3),
-            "fps": round(made / max(summary.seconds, 1e-9), 3),
-            "fps_by_stage": {k: round(made / s, 3) for k, s in stages.items() if s > 0},
-            "seconds_by_stage": {k: round(s, 3) for k, s in stages.items()},
-            "seconds_waited": {k: round(s, 3) for k, s in waits.items()},
-            "peak_memory_bytes": peak_memory(),
+            "runs": done["runs"],
+            "seconds": round(done["seconds"], 3),
+            "fps": round(summary.frames / max(done["seconds"], 1e-9), 3),
+            "fps_by_stage": {k: round(summary.frames / s, 3) for k, s in stages.items() if s > 0},
+            "seconds_by_stage": stages,
+            "last_run": {
+                "frames": made,
+                "seconds": round(summary.seconds, 3),
+                "seconds_waited": {k: round(s, 3) for k, s in waits.items()},
+                "peak_memory_bytes": peak_memory(),
+            },
             "stopped": summary.stopped,
             "broken_off": summary.broken_off,
             "notes": summary.notes,
             "encoder": {"codec": self.encoding.codec, "pixels": self.encoding.pixels.name, **self.encoding.options},
         }
-        if stats is not None:
-            summary.stats |= {
-                "network_runs": getattr(stats, "network", None),
-                "cuts": getattr(stats, "cuts", None),
-                "colour_seconds_by_step": {k: round(s, 3) for k, s in getattr(stats, "seconds", {}).items()},
-            }
+        if "network_runs" in done:
+            summary.stats |= {k: done[k] for k in ("network_runs", "cuts")}
+            summary.stats["colour_seconds_by_step"] = parts_of("step ")
 
 
 def peak_memory() -> int:
@@ -533,7 +553,7 @@ class _Segments:
         self._now.write(make_frame(item.luma, item.u, item.v, picture.pts, self.encoding), picture.duration)
 
     def cut(self, item: _Cut) -> None:
-        self.parts.add(self._now.finish(item.whole), item.state, item.moved)
+        self.parts.add(self._now.finish(item.whole, item.done), item.state, item.moved)
         self._now = None
 
     def copy(self, packet: av.Packet) -> None:

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Part:
     end: int  # where the last frame ends
     reorder: int  # frames that may be decoded between a frame's place in time and its place in the file
     whole: bool = True  # False: the film was stopped or broke off in it, so that the next run makes it anew
+    done: dict[str, float] = field(default_factory=dict)  # what the film took so far, in all runs: for statistics
 
 
 def fingerprint(path: str) -> dict[str, Any]:
@@ -246,13 +247,13 @@ class SegmentWriter:
             bisect.insort(self._seen, packet.pts)
             self._container.mux_one(packet)
 
-    def finish(self, whole: bool) -> Part:
+    def finish(self, whole: bool, done: dict[str, float] | None = None) -> Part:
         self._mux(self._stream.encode(None))
         self._container.close()
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
-        return Part(self.path.name, self.frames, self.start, self.last, self.end, self.reorder, whole)
+        return Part(self.path.name, self.frames, self.start, self.last, self.end, self.reorder, whole, done or {})
 
     def discard(self) -> None:
         with suppress(av.FFmpegError, OSError):

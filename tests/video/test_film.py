@@ -14,6 +14,7 @@ import threading
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -177,10 +178,35 @@ def test_memory_is_bounded_by_the_queues(tmp_path):
 def test_stats(tmp_path):
     clip = make_clip(tmp_path / "in.mkv")
     stats = json.loads(json.dumps(run(clip, tmp_path / "out.mkv", **FFV1).stats))
-    assert stats["frames"] == 30 and stats["resumed"] == 0 and stats["peak_memory_bytes"] > 1e6
+    assert stats["frames"] == 30 and stats["resumed"] == 0 and stats["last_run"]["peak_memory_bytes"] > 1e6
     assert set(stats["fps_by_stage"]) == {"read", "colour", "write"} and min(stats["fps_by_stage"].values()) > 0
     assert set(stats["guessed"]) == {"matrix", "transfer", "range"}
     assert stats["encoder"]["codec"] == "ffv1" and stats["encoder"]["pixels"] == "yuv420p"
+
+
+def test_stats_count_all_runs(tmp_path):
+    """Each frame once: not those of the segment that is made anew."""
+
+    class Seeing(StopAt):
+        def __init__(self, yuv, at):
+            super().__init__(yuv, at, fail)
+            self.stats = SimpleNamespace(network=0, cuts=0, seconds={"field": 0.0})
+
+        def push(self, luma):
+            self.stats.network += 1
+            self.stats.seconds["field"] += 1.0
+            return super().push(luma)
+
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(60)), tmp_path / "out.mkv"
+    for at in (20, 45):
+        with pytest.raises(RuntimeError, match="burnt"):
+            run(clip, out, make=lambda yuv, at=at: Seeing(yuv, at), resume=at > 20, **FFV1)
+    stats = json.loads(json.dumps(run(clip, out, make=lambda yuv: Seeing(yuv, -1), resume=True, **FFV1).stats))
+    assert (stats["frames"], stats["network_runs"], stats["runs"]) == (60, 60, 3)
+    assert stats["colour_seconds_by_step"] == {"field": 60.0}
+    assert stats["resumed"] == 36 and stats["last_run"]["frames"] == 24
+    assert stats["seconds"] > stats["last_run"]["seconds"] and set(stats["fps_by_stage"]) == {"read", "colour", "write"}
+    assert stats["fps"] == pytest.approx(60 / stats["seconds"], rel=1e-2)
 
 
 @pytest.mark.parametrize("transfer", [1, 16, 18])
