@@ -25,7 +25,7 @@ from torch import Tensor
 from fastcolor.video.errors import VideoError
 from fastcolor.video.pipe import NobodyReads, Pipe
 from fastcolor.video.pipeline import Channel, Pipeline
-from fastcolor.video.reader import STREAM, Picture, Reader, is_sequence, numbered_files
+from fastcolor.video.reader import STREAM, Picture, Reader, clock, is_sequence, numbered_files
 from fastcolor.video.segments import Parts, SegmentWriter, fingerprint, join, parts_folder
 from fastcolor.video.sequence import ImageWriter, image_pixels
 from fastcolor.video.writer import (
@@ -519,12 +519,6 @@ class _Film:
 def peak_memory() -> int:
     """Bytes of this process that were in memory together, at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03.4."""
-    tenths = round(seconds * 10)
-    return f"{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}.{tenths % 10}"
 
 
 def _make_folder(folder: Path) -> None:

@@ -778,6 +778,20 @@ def test_film_that_turns_interlaced(tmp_path):
     assert all(same[0]) and same[1] == [i < 24 for i in range(72)]
 
 
+def test_long_film_that_turns_interlaced_is_refused_before_the_work(tmp_path):
+    """Where it is looked into; a part that ends before is coloured."""
+    both = tmp_path / "in.ts"
+    pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=(32, 32), audio=None, interlaced=i == 1,
+                        times=steady(1200)[480 * i : 480 + 720 * i]) for i in range(2)]  # fmt: skip
+    both.write_bytes(b"".join(p.read_bytes() for p in pieces))
+    with Reader(str(both), end=20.0) as reader:
+        assert reader.info.frames == 480
+    with pytest.raises(VideoError, match=r"is interlaced at 0:00:2\d\.\d, though not in its first frame; --dei"):
+        Reader(str(both))
+    for answer in (True, False):
+        Reader(str(both), deinterlace=answer).close()
+
+
 def test_interlaced(tmp_path):
     clip = make_clip(tmp_path / "in.mpg", codec="mpeg2video", interlaced=True, audio=None, size=(64, 64))
     with pytest.raises(VideoError, match="is interlaced; --deinterlace makes frames"):
