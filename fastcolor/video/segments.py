@@ -53,12 +53,16 @@ class Part:
 
 
 def fingerprint(path: str) -> dict[str, Any]:
-    """What tells one input file from another without reading all of it."""
-    size, digest = os.path.getsize(path), hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        digest.update(file.read(_ENDS))
-        file.seek(max(0, size - _ENDS))
-        digest.update(file.read(_ENDS))
+    """What tells one input file from another without reading all of it. Raises VideoError where it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read to its end ({error.strerror or error})") from error
     return {"bytes": size, "ends": digest.hexdigest()}
 
 

@@ -27,6 +27,7 @@ from fastcolor.imaging.files import Picture, read_picture, write_picture
 from fastcolor.video.errors import VideoError
 from fastcolor.video.film import QUEUE, FilmOptions, colorize_film
 from fastcolor.video.reader import Reader
+from fastcolor.video.segments import fingerprint
 
 FFV1 = {"codec": "ffv1", "segment": 0.5}
 
@@ -562,6 +563,12 @@ def test_failed_reading_keeps_finished_segments(tmp_path, monkeypatch):
     assert (again.resumed, again.frames, again.broken_off) == (48, 96, None)
     assert frame_hashes(out) == whole and packets_of(out, "audio") == packets_of(clip, "audio")
     assert not (tmp_path / "out.mkv.parts").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc")
+def test_end_of_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(VideoError, match=r"mem: cannot be read to its end \(Input/output error\)"):
+        fingerprint("/proc/self/mem")  # its first page never is
 
 
 def test_failed_reading_of_sound_loses_nothing(tmp_path, monkeypatch):
