@@ -7,7 +7,8 @@
 #   FOLDER       where the JSON files go; benchmarks/results/<version> if left out
 #   --dry-run    the same on the CPU, with tiny sizes and without CUDA
 #   --no-build   takes the fastcolor that is installed
-#   --seconds N  after which nothing new is begun, and a benchmark that runs is stopped; 540 if left out
+#   --seconds N  after which nothing new is begun, and what runs is stopped; 540 if left out. A step has a limit of its own
+#                besides: a build 300 s, the tests 240 s, everything else 150 s (as far as there is `timeout`)
 #   --suites S   these benchmarks alone, of `python -m benchmarks --list`
 #
 # PYTHON names the interpreter (python3). It needs torch, triton, numpy, safetensors, pytest, pybind11, scikit-build-core,
@@ -40,6 +41,14 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 failed=0 summary=()
 
+within() {  # SECONDS COMMAND...: no longer than that, and than what time is left; 124 or 137 where it was stopped
+  local most=$1 left=$((limit - SECONDS)) stop=()
+  shift
+  [ "$left" -ge 1 ] || left=1  # 0 would be no limit at all
+  command -v timeout > /dev/null && stop=(timeout --kill-after=5 $((left < most ? left : most)))
+  ${stop[@]+"${stop[@]}"} "$@"
+}
+
 step() {  # NAME COMMAND...: runs it, remembers how it went
   local name=$1 begin=$SECONDS
   shift
@@ -52,14 +61,18 @@ step() {  # NAME COMMAND...: runs it, remembers how it went
   if "$@"; then
     summary+=("passed  $name, $((SECONDS - begin)) s")
   else
+    case $? in
+      124) summary+=("STOPPED  $name, $((SECONDS - begin)) s: it ran out of its time") ;;
+      137) summary+=("KILLED  $name, $((SECONDS - begin)) s") ;;  # past its time too, or for its memory
+      *) summary+=("FAILED  $name, $((SECONDS - begin)) s") ;;
+    esac
     failed=1
-    summary+=("FAILED  $name, $((SECONDS - begin)) s")
     return 1
   fi
 }
 
 install() {  # OPTIONS...: into the scratch folder, fetching nothing
-  "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$scratch/site" "$@" \
+  within 300 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$scratch/site" "$@" \
     --config-settings=build-dir="$scratch/build" "$root"
 }
 
@@ -72,7 +85,7 @@ gpu_tests() {
   local workers=()
   [ $device = cuda ] && "$python" -c 'import xdist' 2> /dev/null && workers=(-n 6)  # they mostly wait for compilers
   # shellcheck disable=SC2046  # names without spaces; bash 3 has no mapfile
-  "$python" -m pytest $(grep -rl --include='test_*.py' 'mark\.gpu' tests) -m gpu -q ${workers[@]+"${workers[@]}"} \
+  within 240 "$python" -m pytest $(grep -rl --include='test_*.py' 'mark\.gpu' tests) -m gpu -q ${workers[@]+"${workers[@]}"} \
     -p no:cacheprovider --junit-xml="$scratch/tests.xml"
   local code=$?
   [ -f "$scratch/tests.xml" ] || return $code
@@ -104,7 +117,7 @@ if [ $build = yes ]; then
 fi
 # Skipped tests pass: that the backends are there, and that it is this build that is imported, has to be asked for.
 backends() {
-  "$python" - "$device" "${scratch:-}/site" "$build" <<'PYTHON'
+  within 150 "$python" - "$device" "${scratch:-}/site" "$build" <<'PYTHON'
 import sys
 
 import fastcolor
@@ -121,13 +134,7 @@ PYTHON
 }
 step "backends are there" backends
 step "pytest -m gpu" gpu_tests
-# One after the other, each with what time is left, and at most 150 s: what it has measured is written as it ends.
-within() {  # COMMAND...
-  local left=$((limit - SECONDS)) stop=()
-  [ "$left" -ge 1 ] || left=1  # 0 would be no limit at all
-  command -v timeout > /dev/null && stop=(timeout $((left < 150 ? left : 150)))
-  ${stop[@]+"${stop[@]}"} "$@"
-}
+# One after the other: what one has measured is written as it ends.
 while read -r name module; do
   case " ${suites:-$name} " in *" $name "*) ;; *) continue ;; esac
   size=(${benchmark_size[@]+"${benchmark_size[@]}"}) package=
@@ -137,13 +144,13 @@ while read -r name module; do
     continue
   fi
   case $name in training | video | scaling) size=() ;; esac  # have small sizes of their own
-  step "benchmark $name" within "$python" -m "$module" --device "$device" --json "$folder" --commit "$commit" \
+  step "benchmark $name" within 150 "$python" -m "$module" --device "$device" --json "$folder" --commit "$commit" \
     ${size[@]+"${size[@]}"} ${benchmark_options[@]+"${benchmark_options[@]}"} > "$scratch/$name.log" 2>&1 < /dev/null || tail -n 20 "$scratch/$name.log"
 done < <("$python" -m benchmarks --names)
 # Memory, and the barriers and shared memory of kernels, on a few small tests of the CUDA C++ backend. Without torch's
 # cache of memory, whose blocks are larger than the tensors in them.
 sanitize() {  # TOOL
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 150 compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -m gpu -q \
     -p no:cacheprovider tests/ops/test_mean_field_gpu.py tests/ops/test_lab_gpu.py tests/ops/test_render_gpu.py \
     -k "cuda and (test_ranks or test_nan or test_empty or (test_gradients and steps) or (test_matches and quadratic) \
         or test_integers or test_address or test_luma_rows)"

@@ -155,6 +155,8 @@ def amounts(runs: list[Run], title: str, ours: str, peer: str, key: str = "peak_
 
 
 def verdict(span: Span, wanted: float) -> str:
+    if span.only is not None:
+        return f"{'reached' if span.only >= wanted else 'not reached'} (one sample)"
     if span.low >= wanted:
         return "reached"
     return "within the spread" if span.high >= wanted else "not reached"
@@ -180,7 +182,7 @@ def cpu_targets(results: Results) -> list[str]:
     missed = {}
     for target in CPU_TARGETS:
         run, span = figure(results, target)
-        seen = [f"{span}×", verdict(span, target.times), run.hardware] if span else [NOT_MEASURED, "", ""]
+        seen = [span.times, verdict(span, target.times), run.hardware] if span else [NOT_MEASURED, "", ""]
         if seen[1] not in ("", "reached") and target.suite in WHERE:
             missed[target.suite] = f"- {target.suite}: {WHERE[target.suite]}"
         lines.append(f"| {target.what} | {significant(target.times)}× | {' | '.join(seen)} |")
@@ -268,7 +270,7 @@ def table(results: Results, run: Run, rows: list[dict]) -> list[str]:
         runs, title = results.same(run), re.escape(best["title"]) + "$"
         ours = re.escape(best["candidate"])
         cells["over our best"] = [
-            "" if r["ours"] or work.is_limit(r) else f"{ratio(runs, title, ours, re.escape(r['candidate']))}×"
+            "" if r["ours"] or work.is_limit(r) else ratio(runs, title, ours, re.escape(r["candidate"])).times
             for r in measured
         ]
     lines = [f"| | {' | '.join(cells)} |", "| --- |" + " --- |" * len(cells)]
@@ -310,8 +312,9 @@ def losses(results: Results) -> list[str]:
                     pair = re.escape(mine["candidate"]), re.escape(r["candidate"])
                     span = ratio(results.same(run), re.escape(title) + "$", *pair)
                     if span and span.low < 1:
+                        one = "" if span.only is None else ", in one sample"
                         what = f"{title.partition(';')[0]} ({run.hardware})"
-                        lines.append(f"- {what}: {r['candidate']} takes {span} times {name}.")
+                        lines.append(f"- {what}: {r['candidate']} takes {span} times {name}{one}.")
                         break
     return lines or ["None in these files."]
 
@@ -354,8 +357,9 @@ INTRODUCTION = """\
 Made by `python -m benchmarks report` from the files in [benchmarks/results](../benchmarks/results/README.md), which
 says what each figure is. All candidates of a table are timed in turn in one process, on the same threads and data, ours
 after it was compared with float64. A ratio is printed as wide as it was seen: over reruns of the suite, or by the
-quartiles of its one run. *Of its floor*: the time that a plain copy of as many bytes, or a matrix product of as many
-operations, takes in the same run, over the time; above 100 %, the data stays in caches."""
+quartiles of its one run; where it rests on one sample, it says so. *Of its floor*: the time that a plain copy of as
+many bytes, or a matrix product of as many operations, takes in the same run, over the time; above 100 %, the data
+stays in caches."""
 
 
 INSTRUCTIONS = """\
@@ -431,7 +435,7 @@ def readme_table(results: Results) -> str:
             mine = find(run, title, ours)
             if mine and timed([mine]):
                 spans = {name: ratio(results.same(run), title, ours, re.escape(c)) for c, name in peers.items()}
-                shown = ", ".join(f"{name} {span}×" for name, span in spans.items() if span)
+                shown = ", ".join(f"{name} {span.times}" for name, span in spans.items() if span)
                 cells = [f"**{time_text(mine['median_us'])}**", shown, f"{run.hardware}, {run.data['threads']} threads"]
                 break
         lines.append(f"| {what} | {' | '.join(cells)} |")

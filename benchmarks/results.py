@@ -158,14 +158,22 @@ def find(run: Run, title: str, candidate: str) -> dict | None:
 
 @dataclass(frozen=True)
 class Span:
-    """A ratio or figure with its spread: from the lowest to the highest that was seen."""
+    """A ratio or figure with its spread: from the lowest to the highest that was seen.
+
+    only: the ratio itself where one of its times is of a single call, whose spread nobody knows.
+    """
 
     low: float
     high: float
+    only: float | None = None
 
     def __str__(self) -> str:
         low, high = significant(self.low), significant(self.high)
-        return low if low == high else f"{low}–{high}"
+        return significant(self.only) if self.only is not None else low if low == high else f"{low}–{high}"
+
+    @property
+    def times(self) -> str:
+        return f"{self}×" if self.only is None else f"{self}× (one sample)"
 
 
 def significant(value: float) -> str:
@@ -194,6 +202,7 @@ def span_of(pairs: list[tuple[dict, dict]]) -> Span | None:
         ends = [(r["median_us"] - r["iqr_us"] / 2, r["median_us"] + r["iqr_us"] / 2) for r in (a, b)]
         # a spread wider than the time itself says nothing of the lower end
         fast = [max(low, r["median_us"] / 10) for (low, _), r in zip(ends, (a, b), strict=True)]
-        return Span(fast[1] / ends[0][1], ends[1][1] / fast[0])
+        only = b["median_us"] / a["median_us"] if 1 in (a["samples"], b["samples"]) else None
+        return Span(fast[1] / ends[0][1], ends[1][1] / fast[0], only)
     ratios = [b["median_us"] / a["median_us"] for a, b in pairs]
     return Span(min(ratios), max(ratios))

@@ -65,7 +65,7 @@ def show(lines: list[dict], runs: list[Run]) -> None:
         for line in lines:
             if line["title"] == title:
                 medians = "  ".join(f"{m:,.1f}" for m in line["medians_us"])
-                peer = "" if line["peer_takes"] is None else f"{line['peer_takes']}×"
+                peer = "" if line["peer_takes"] is None else line["peer_takes"].times
                 table.add_row(line["candidate"], medians, f"{line['between']:.0%}", f"{line['within']:.0%}", peer)
         console.print(table)
     middle, most = summary(lines)

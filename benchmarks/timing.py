@@ -218,12 +218,6 @@ def rotation(moved: int, device: str) -> int:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def available_memory() -> int | None:
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
 def peak_memory(run: Callable[[], object]) -> int | None:
     """Bytes that a call adds to the process at its peak; None where the system does not tell."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -174,7 +174,9 @@ class Contest:
         self.stats["fastcolor video"] = {
             "network_runs": stats["network_runs"],
             "busy_of_wall": {k: round(s / stats["seconds"], 3) for k, s in stages.items()},
-            "waited_of_wall": {k: round(s / stats["seconds"], 3) for k, s in stats["seconds_waited"].items()},
+            "waited_of_wall": {
+                k: round(s / stats["seconds"], 3) for k, s in stats["last_run"]["seconds_waited"].items()
+            },
         }
         return summary.frames
 

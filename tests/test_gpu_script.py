@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,28 @@ def test_goes_on_after_a_failure(tmp_path):
     assert ran.returncode == 1 and "benchmark loss" not in ran.stdout
     assert "FAILED  pytest -m gpu" in ran.stdout and "passed  benchmark lab" in ran.stdout
     assert len(list((tmp_path / "results").glob("lab--*--cpu.json"))) == 1
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="no timeout")
+def test_what_hangs_is_stopped_and_the_next_step_runs(tmp_path):
+    """The build (a sleep here) is stopped, then the tests, each by the time that is left of the whole or its own."""
+    python, script = tmp_path / "python", tmp_path / "benchmarks" / "gpu.sh"
+    hangs = '"-m pip "*cmake.define*|"-m pytest "*) sleep 60 & wait ;; "-m pip "*) exit ;; *) exit 1 ;;'
+    python.write_text(f'#!/bin/sh\ncase "$*" in {hangs} esac\n')
+    python.chmod(0o755)
+    shutil.copytree(SCRIPT.parent, script.parent, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("# mark.gpu")
+    (tmp_path / "pyproject.toml").write_text('version = "0"\n')
+    script.write_text(script.read_text().replace("within 300", "within 1").replace("within 240", "within 2"))
+    command = ["bash", script, "--dry-run", tmp_path / "results"]
+    ran = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=50)
+    assert ran.returncode == 1
+    lines = [re.sub(r"\d+ s", "N s", line) for line in ran.stdout.splitlines()]
+    assert "STOPPED  build, FASTCOLOR_CUDA=OFF, N s: it ran out of its time" in lines, ran.stdout + ran.stderr
+    assert "passed  install without C++ and CUDA kernels, N s" in lines
+    assert "FAILED  backends are there, N s" in lines
+    assert "STOPPED  pytest -m gpu, N s: it ran out of its time" in lines
 
 
 def test_a_suite_whose_package_is_missing_is_left_out(tmp_path):

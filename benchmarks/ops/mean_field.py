@@ -31,9 +31,10 @@ import fastcolor
 from fastcolor.ops import _backend
 from fastcolor.ops.mean_field import mean_field_annealed
 from fastcolor.reference import mean_field as reference
+from fastcolor.training.memory import free_bytes
 
 from .. import timing, work
-from ..timing import Candidate, available_memory, peak_memory
+from ..timing import Candidate, peak_memory
 
 LABELS = 313
 SIZES = [(1, 64, 64), (1, 128, 128), (1, 480, 270)]  # images, width, height
@@ -109,7 +110,7 @@ def unfolded(logits: Tensor, guide: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def unfolding(logits: Tensor, guide: Tensor, a: Tensor, b: Tensor):
     def build():
         needed = 2.5 * (2 * FIELD["radius"] + 1) ** 2 * logits.numel() * 4
-        free = available_memory()
+        free = free_bytes(torch.device("cpu"))
         if free is not None and needed > free:
             raise ImportError(f"needs some {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
         return lambda i: unfolded(logits, guide, a, b)

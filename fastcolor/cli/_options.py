@@ -1,14 +1,44 @@
-"""Command-line options made from the fields of a dataclass."""
+"""Command-line options that several commands share, and those made from the fields of a dataclass."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+
+
+def _finite(value: float | None) -> float | None:
+    """nan passes the range checks of the command line."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number")
+    return value
+
+
+# --- of all commands that colorize ------------------------------------------------------------------------------------
+
+Weights = Annotated[Path | None, typer.Option(help="Weights of `fastcolor train` instead of the bundled ones.")]
+Size = Annotated[
+    int | None, typer.Option(min=16, max=4096, help="Short side that the network sees; the checkpoint's by default.")
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.01, max=10, callback=_finite, help="Of the annealed mean: 1 is the mean, 0.01 the mode.")
+]
+Vividness = Annotated[
+    float | None, typer.Option(min=0, max=1, callback=_finite, help="0 takes the safest colors, 1 the most vivid.")
+]
+Saturation = Annotated[float, typer.Option(min=0, max=10, callback=_finite, help="Factor on chroma.")]
+Mrf = Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
+
+
+# --- of a dataclass ---------------------------------------------------------------------------------------------------
 
 
 def options_from(config: type) -> Callable[[Callable], Callable]:

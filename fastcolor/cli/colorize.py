@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 import os
 import queue
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from fastcolor.cli._options import Device, Mrf, Quiet, Saturation, Size, Temperature, Vividness, Weights
 from fastcolor.imaging.files import Picture, decoded_size, read_picture, write_picture
 from fastcolor.imaging.vips import SUFFIXES, ImageError, libvips
 
@@ -472,13 +472,6 @@ class _Log(logging.Handler):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def _finite(value: float | None) -> float | None:
-    """nan passes the range checks of the command line."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number")
-    return value
-
-
 def colorize(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="Images, folders (with all below), or patterns in quotes.")
@@ -487,29 +480,19 @@ def colorize(
         Path | None,
         typer.Option("--out", "-o", help="Folder for the results, or a file name for one image."),
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights of `fastcolor train` instead of the bundled ones.")
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(min=16, max=4096, help="Short side that the network sees; the checkpoint's by default."),
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0.01, max=10, callback=_finite, help="Of the annealed mean: 1 is the mean, 0.01 the mode."),
-    ] = 0.38,
-    vividness: Annotated[
-        float | None, typer.Option(min=0, max=1, callback=_finite, help="0 takes the safest colors, 1 the most vivid.")
-    ] = None,
-    saturation: Annotated[float, typer.Option(min=0, max=10, callback=_finite, help="Factor on chroma.")] = 1.0,
-    mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    weights: Weights = None,
+    size: Size = None,
+    temperature: Temperature = 0.38,
+    vividness: Vividness = None,
+    saturation: Saturation = 1.0,
+    mrf: Mrf = True,
+    device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write outputs anew that are there already.")] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads that read, and that write; 4 at most by default.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images of like size that share a batch.")] = 8,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Colorize photographs: JPEG, PNG, TIFF, WebP.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastcolor.cli.colorize import _finite
+from fastcolor.cli._options import Device, Mrf, _finite
 from fastcolor.cli.video import _seconds
 
 _PHOTOS, _FILMS = "Photos", "Films"
@@ -30,7 +30,7 @@ def evaluate(
     size: Annotated[
         int | None, typer.Option(min=16, max=4096, help="Short side that networks see; the checkpoint's by default.")
     ] = None,
-    mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")] = True,
+    mrf: Mrf = True,
     mrf_both: Annotated[bool, typer.Option("--mrf-both", help="With and without, beside each other.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first photos, and the first films.")] = None,
     side: Annotated[
@@ -41,7 +41,7 @@ def evaluate(
         Path | None, typer.Option("--html", help="Write a report with curves and pictures, one file.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Pictures of like size that share a batch.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    device: Device = "auto",
     lpips: Annotated[
         Path | None,
         typer.Option(

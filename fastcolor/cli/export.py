@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fastcolor.cli._options import _finite
+
 _ONNX_ALONE = ("size", "sweeps", "mrf", "vividness", "temperature")
 
 
@@ -26,9 +28,11 @@ def export(
     ] = None,
     mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="ONNX: with the mean field in the graph.")] = True,
     vividness: Annotated[
-        float, typer.Option(min=0, max=1, help="ONNX: 0 takes the safest colors, 1 the most vivid.")
+        float, typer.Option(min=0, max=1, callback=_finite, help="ONNX: 0 takes the safest colors, 1 the most vivid.")
     ] = 0.5,
-    temperature: Annotated[float, typer.Option(min=0.01, max=10, help="ONNX: of the annealed mean.")] = 0.38,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, max=10, callback=_finite, help="ONNX: of the annealed mean.")
+    ] = 0.38,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it is there already.")] = False,
 ) -> None:
     """Write a model as one safetensors file, or as an ONNX graph.

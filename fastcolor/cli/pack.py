@@ -15,13 +15,14 @@ def pack(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the pack; give it to `fastcolor train` as DATA.")],
     size: Annotated[int, typer.Option(help="Short side to keep, pixels: 9/8 of the training crops, or more.")] = 288,
-    shard_size: Annotated[int, typer.Option(help="Megabytes of a shard, about.")] = 1024,
-    jobs: Annotated[int, typer.Option(help="Threads that decode; 0 for all processors.")] = 0,
+    shard_size: Annotated[int, typer.Option(min=1, help="Megabytes of a shard, about.")] = 1024,
+    jobs: Annotated[int, typer.Option(min=0, help="Threads that decode; 0 for all processors.")] = 0,
 ) -> None:
     """Decode photos once, so that no epoch of a training needs to.
 
     Writes raw pixels that training maps into memory: 3 bytes a pixel, 249 KB for 288 × 288. Photos that cannot be read
-    or have no colour are left out and counted. Ctrl-C stops after the photos under way; the same command goes on.
+    are left out and counted; those without colour are kept and marked, for `--task classify`. Ctrl-C stops after the
+    photos under way; the same command goes on.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,4 +64,5 @@ def pack(
     if not result.finished:
         typer.echo(f"stopped; the same command goes on after {result.photos} photos", err=True)
         raise typer.Exit(130)
-    typer.echo(f"{out}: {result.photos} photos; fastcolor train {out}")
+    grey = f", {result.grey} of them without colour" if result.grey else ""
+    typer.echo(f"{out}: {result.photos} photos{grey}; fastcolor train {out}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -19,12 +22,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastcolor._version import __version__
-from fastcolor.cli.colorize import _finite, _load, _refuse
+from fastcolor.cli._options import Device, Mrf, Quiet, Saturation, Size, Temperature, Vividness, Weights, _finite
+from fastcolor.cli.colorize import _load, _refuse
 
 if TYPE_CHECKING:
     from fastcolor.video.film import Status, Summary
 
 _LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+_PATIENCE = 10.0  # seconds for a run that was given up to end by itself
+_OVER = 0  # is no signal
 _STREAM = "-"
 
 
@@ -41,6 +47,7 @@ class Reporter:
         self.console = Console(stderr=True)
         self._bar: Any = None
         self._started = self._last = time.monotonic()
+        self._joining: float | None = None  # since when
 
     def say(self, text: str) -> None:
         if self._bar is not None:
@@ -63,23 +70,32 @@ class Reporter:
     def watch(self, status: Status) -> None:
         now = time.monotonic()
         if self._bar is not None:
-            if now - self._last >= 0.2 or status.joining:
+            if now - self._last >= 0.2:
                 self._last = now
-                self._bar.update(0, total=status.expected or None, completed=status.written, text=self._text(status))
+                total, done = status.expected or None, status.written
+                if status.joined is not None:
+                    total, done = status.written, status.joined
+                self._bar.update(0, total=total, completed=done, text=self._text(status))
         elif not self.quiet and now - self._last >= _LINE_EVERY:
             self._last = now
             self.say(self._text(status))
 
     def _text(self, status: Status) -> str:
-        if status.joining:
-            return f"{status.written} frames, joining"
-        rate = (status.written - status.resumed) / max(time.monotonic() - self._started, 1e-9)
+        now = time.monotonic()
+        if status.joined is not None:
+            self._joining = now if self._joining is None else self._joining
+            rate = status.joined / max(now - self._joining, 1e-9)
+            left = self._left(status.written - status.joined, rate)
+            return f"joining the segments, {status.joined} of {status.written} frames{left}"
+        rate = (status.written - status.resumed) / max(now - self._started, 1e-9)
         (before, limit), (after, _) = status.queues
-        left = ""
-        if status.expected > status.written and rate > 0:
-            left = time.strftime(", %H:%M:%S left", time.gmtime((status.expected - status.written) / rate))
+        left = self._left(status.expected - status.written, rate)
         of = f" of {status.expected}" if status.expected else ""
         return f"{status.written}{of} frames, {rate:.1f} fps{left}, waiting {before} and {after} of {limit}"
+
+    @staticmethod
+    def _left(frames: int, rate: float) -> str:
+        return time.strftime(", %H:%M:%S left", time.gmtime(frames / rate)) if frames > 0 and rate > 0 else ""
 
     def stop(self) -> None:
         if self._bar is not None:
@@ -132,11 +148,21 @@ def read_cuts(path: Path) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words if word}))
 
 
-@contextmanager
-def _ctrl_c(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
-    """The first Ctrl-C ends the film where it is; the second gives up."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
-    def interrupted(*_) -> None:
+
+@contextmanager
+def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
+    """The first Ctrl-C ends the film where it is; the second gives up, and so does SIGTERM.
+
+    Python sees signals in its main thread alone, and never while that hangs in a read of FFmpeg's: what is then to be
+    done does a thread, which hears of them from the system's own handler.
+    """
+
+    def interrupted(number: int, _) -> None:
+        if number == signal.SIGTERM:
+            raise _Terminated
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -145,11 +171,38 @@ def _ctrl_c(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, interrupted)
+    heard, told = os.pipe()
+
+    def watch() -> None:
+        number, until, given_up = 0, math.inf, False
+        while time.monotonic() < until:
+            if stop.is_set() and not given_up:
+                until = math.inf  # the first Ctrl-C was heard
+            if not select.select([heard], [], [], 0.5 if number else None)[0]:
+                continue
+            came = os.read(heard, 1)[0]
+            if came == _OVER:
+                os.close(heard)
+                return
+            if came in (signal.SIGINT, signal.SIGTERM):
+                given_up = given_up or number != 0 or came == signal.SIGTERM
+                # the main thread may be at work, and hear of the first Ctrl-C late
+                number, until = came, time.monotonic() + (_PATIENCE if given_up else 3 * _PATIENCE)
+        os.write(2, b"interrupted: something hangs, and is left\n")
+        os._exit(128 + number)
+
+    os.set_blocking(told, False)
+    before = [(number, signal.signal(number, interrupted)) for number in (signal.SIGINT, signal.SIGTERM)]
+    wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before:
+            signal.signal(number, handler)
+        os.write(told, bytes([_OVER]))
+        os.close(told)
 
 
 def _identity(files: dict[str, Path | None], options: dict[str, Any], video: Any) -> dict[str, Any]:
@@ -190,7 +243,10 @@ def video(
     end: Annotated[str | None, typer.Option(callback=_seconds, help="End there.")] = None,
     deinterlace: Annotated[
         bool | None,
-        typer.Option("--deinterlace/--no-deinterlace", help="Make frames of fields, or take frames as they are."),
+        typer.Option(
+            "--deinterlace/--no-deinterlace",
+            help="Make frames of fields, or take frames as they are; else interlaced ones are refused.",
+        ),
     ] = None,
     fps: Annotated[
         str | None, typer.Option(callback=_rate, help="Frames per second of numbered images; 24 by default.")
@@ -212,36 +268,28 @@ def video(
         Path | None, typer.Option(help="Picture or film whose proportions of colors are taken over.")
     ] = None,
     strength: Annotated[float, typer.Option(min=0, max=1, callback=_finite, help="Of palette and reference.")] = 1.0,
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights of `fastcolor train` instead of the bundled ones.")
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(min=16, max=4096, help="Short side that the network sees; the checkpoint's by default."),
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0.01, max=10, callback=_finite, help="Of the annealed mean: 1 is the mean, 0.01 the mode."),
-    ] = 0.38,
-    vividness: Annotated[
-        float | None, typer.Option(min=0, max=1, callback=_finite, help="0 takes the safest colors, 1 the most vivid.")
-    ] = None,
-    saturation: Annotated[float, typer.Option(min=0, max=10, callback=_finite, help="Factor on chroma.")] = 1.0,
-    mrf: Annotated[bool, typer.Option("--mrf/--no-mrf", help="Make colors agree within regions.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    weights: Weights = None,
+    size: Size = None,
+    temperature: Temperature = 0.38,
+    vividness: Vividness = None,
+    saturation: Saturation = 1.0,
+    mrf: Mrf = True,
+    device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads of network, decoder and encoder each.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished segments of a run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
     stats: Annotated[Path | None, typer.Option(help="File for a summary in JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Colorize a film.
 
     The luma planes stay as they are; audio, subtitles, chapters, timestamps
     and rotation are copied. Without --out, film.mp4 becomes film-color.mp4
-    beside it. Every ten seconds of film are safe once they are made: after a
+    beside it; .mov and .mkv stay such too, and others (.mpg, .vob, .m2ts,
+    .avi, ...) become .mp4 where players know all streams in it, else .mkv.
+    Every ten seconds of film are safe once they are made: after a
     crash or Ctrl-C, the same command with --resume goes on.
     """
     from fastcolor.model.colorizer import BUNDLED
@@ -253,8 +301,12 @@ def video(
     if out is None:
         if source == _STREAM or "://" in source or "%" in source:
             _refuse(f"--out: is needed for {source}")
+        from fastcolor.video.writer import usual_suffix
+
         path = Path(source)
-        out = str(path.with_name(f"{path.stem}-color{path.suffix}"))
+        out = str(path.with_name(f"{path.stem}-color{usual_suffix(source, codec)}"))
+        if not quiet and Path(out).suffix != path.suffix:
+            typer.echo(f"writing {out}: {path.suffix or 'no suffix'} does not hold it well", err=True)
     reporter = Reporter(quiet)
     stop = threading.Event()
     try:
@@ -286,7 +338,7 @@ def video(
     files = {"weights": weights or BUNDLED, "hints": hints, "palette": palette, "reference": reference}
     try:
         reporter.start()
-        with _ctrl_c(stop, reporter):
+        with _signals(stop, reporter):
             summary = colorize_film(
                 source,
                 out,
@@ -302,11 +354,12 @@ def video(
         reporter.stop()
         reporter.say(f"error: {error}")
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         reporter.stop()
         kept = parts_folder(Path(out))
-        reporter.say("interrupted" + (f": finished segments are in {kept}, --resume goes on" if kept.is_dir() else ""))
-        raise typer.Exit(130) from None
+        what = "terminated" if isinstance(error, _Terminated) else "interrupted"
+        reporter.say(what + (f": finished segments are in {kept}, --resume goes on" if kept.is_dir() else ""))
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     finally:
         reporter.stop()
     _conclude(summary, out, stats, reporter)
@@ -333,7 +386,8 @@ def _conclude(summary: Summary, out: str, stats: Path | None, reporter: Reporter
         reporter.say(f"interrupted: {what}{then}")
         raise typer.Exit(130)
     if summary.broken_off:
-        reporter.say(f"error: {summary.broken_off}; what there is was colorized")
+        then = "; finished segments are kept, --resume goes on" if parts_folder(Path(out)).is_dir() else ""
+        reporter.say(f"error: {summary.broken_off}; what there is was colorized{then}")
     if not reporter.quiet:
         before = f", {summary.resumed} of them in earlier runs" if summary.resumed else ""
         rate = made / max(summary.seconds, 1e-9)

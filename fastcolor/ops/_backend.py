@@ -115,9 +115,9 @@ def _missing(name: str) -> str | None:
         except ImportError as error:
             return f"triton is not installed ({error}); pip install 'fastcolor[triton]'"
     if name == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            return f"the CUDA kernels are for compute capability 8.0 and above, this device has {major}.{minor}"
+        old = [_too_old(name, torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+        if all(old):  # of unlike devices, `runs_on` tells one from another
+            return old[0]
         module = native("_cuda")
         return (
             f"the CUDA kernels are not built ({module}); reinstall where nvcc is" if isinstance(module, str) else None
@@ -127,10 +127,23 @@ def _missing(name: str) -> str | None:
 
 def runs_on(name: str, device: torch.device) -> str | None:
     """Why a backend that is there does not take tensors of a device; None where it does."""
+    return _elsewhere(name, device) or _too_old(name, device)
+
+
+def _elsewhere(name: str, device: torch.device) -> str | None:
     takes = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}
     if name == "reference" or device.type in takes[name]:
         return None
     return f"backend {name!r} takes tensors on {' or '.join(takes[name])}, got one on {device}"
+
+
+def _too_old(name: str, device: torch.device) -> str | None:
+    if name != "cuda" or device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"the CUDA kernels are for compute capability 8.0 and above, {device} has {major}.{minor}"
 
 
 OFFERS: dict[str, tuple[str, ...]] = {}  # operation -> the backends that have it, fastest first
@@ -167,10 +180,10 @@ def _choose(op: str, device: torch.device, wished: tuple[str, ...]) -> Choice:
                 f"{op} has no backend {name!r}; it has {', '.join(offers)} (ask for '{name},reference' to run the rest)"
             )
             continue
-        elsewhere = runs_on(name, device)
+        elsewhere = _elsewhere(name, device)
         if not wished and (elsewhere or (name == "triton" and device.type == "cpu")):
             continue  # not meant for this device (the Triton interpreter runs only where it is asked for)
-        why_not = missing(name) or elsewhere
+        why_not = missing(name) or elsewhere or _too_old(name, device)
         if why_not is not None:
             reasons.append(why_not)
         elif wished:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -23,6 +25,8 @@ CLASSES = ("auto", "none", "folders")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("cosine", "constant")
 RESUME = ("no", "yes", "auto")
+
+_MANY = (1 << 31) - 1
 
 _MODEL, _DATA, _LEARNING, _MACHINE, _RUN = "Model", "Data", "Learning", "Machine", "Run"
 
@@ -123,22 +127,37 @@ class TrainConfig:
         return Film(self.degrade, *(getattr(self, f.name) for f in fields(Film) if f.name != "share"))
 
     def check(self) -> None:
-        """Raises ConfigError for the first field that is out of range."""
+        """Raises ConfigError for the first field that is of another type or out of range."""
+        for f in fields(self):
+            kind, value = type(f.default), getattr(self, f.name)
+            # a whole number is a number; numpy's are none that config.json could keep
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or isinstance(value, bool) is not (kind is bool):
+                raise ConfigError(f"{f.name} must be {_KINDS[kind]}, got {value!r}")
+            if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:
+                raise ConfigError(f"{f.name} must be a finite number, got {value}")
         for name, choices in (("task", TASKS), ("head", HEADS), ("bins", LABELS), ("classes", CLASSES),
                               ("precision", PRECISIONS), ("schedule", SCHEDULES), ("resume", RESUME)):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         # below 64 the last features of a single image are one value, which batch normalization cannot take
-        for name, low in (("size", 64), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("warmup", 0),
-                          ("workers", -1), ("mrf_sweeps", 0), ("clip", 0), ("weight_decay", 0), ("class_weight", 0),
-                          ("save_every", 0), ("field_rate", 0), ("seed", 0)):  # fmt: skip
-            if not getattr(self, name) >= low:
+        for name, low, high in (
+            ("size", 64, 1 << 14), ("epochs", 1, _MANY), ("batch_size", 1, _MANY), ("accumulate", 1, _MANY),
+            ("warmup", 0, _MANY), ("workers", -1, 1024), ("mrf_sweeps", 0, 1000), ("clip", 0, None),
+            ("weight_decay", 0, None), ("class_weight", 0, None), ("save_every", 0, None), ("field_rate", 0, None),
+            ("seed", 0, (1 << 63) - 1),
+        ):  # fmt: skip
+            if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")
+            if high is not None and getattr(self, name) > high:
+                raise ConfigError(f"{name} must be at most {high}, got {getattr(self, name)}")
+        if not self.out:
+            raise ConfigError("out must be the name of a folder, got ''")
         if self.mrf_sweeps and self.head != "distribution":
             raise ConfigError(f"mrf_sweeps needs head distribution, got {self.head}: a field has labels to agree on")
         if self.task == "classify" and self.classes == "none":
             raise ConfigError("classes must be auto or folders for task classify, got 'none'")
-        if not self.lr > 0:
+        if self.lr <= 0:
             raise ConfigError(f"lr must be positive, got {self.lr}")
         for name in ("rebalance", "degrade", *(f.name for f in fields(Film) if f.name != "share")):
             if not 0 <= getattr(self, name) <= 1:
@@ -198,7 +217,8 @@ def read_options(path: str | Path) -> dict:
             raise ConfigError(f"{path}: unknown option {key!r}; {hint}")
         kind = known[name]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            with suppress(OverflowError):
+                value = float(value)
         if not (isinstance(value, kind) or (name == "resume" and isinstance(value, bool))) or (
             kind is int and isinstance(value, bool)
         ):

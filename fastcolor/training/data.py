@@ -29,6 +29,7 @@ from fastcolor.training.sources import (
     find_tars,
     fingerprint,
     is_packed,
+    is_packed_grey,
     list_pack,
     list_tars,
     open_photo,
@@ -102,7 +103,7 @@ def check_headers(
     def look(path: Path) -> str | None:
         try:
             if is_packed(path):
-                return None
+                return GREY if not grey and is_packed_grey(path) else None
             image = open_photo(path)
             if grey:
                 return None

@@ -68,6 +68,12 @@ class Team:
             raise TeamError("the first process could not go on")
         return box[0]
 
+    def follow(self, module: nn.Module) -> None:
+        """The buffers of a module, such as statistics, become those of the first process, in place."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
     def device(self, name: str) -> str:
         """The device of this process: of several GPUs on a machine, its own."""
         if self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():

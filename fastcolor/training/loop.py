@@ -9,15 +9,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastcolor._files import atomic_path
+from fastcolor._files import FolderInUse, FolderLock, atomic_path
 from fastcolor.imaging.vips import libvips, reason
 from fastcolor.model.field import LEARNED
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import Problems
-from fastcolor.training.distributed import team
+from fastcolor.training.distributed import Team, team
 from fastcolor.training.report import Reporter, Silent, Stop, stop_on_signals
 from fastcolor.training.run import Run
-from fastcolor.training.state import CONFIG, HISTORY, record_start, remove_halves, write_json
+from fastcolor.training.state import (
+    CONFIG,
+    HISTORY,
+    STATE,
+    TrainingError,
+    record_start,
+    remove_halves,
+    write_json,
+)
 
 
 @dataclass
@@ -57,7 +65,7 @@ def train(data: str | Path, config: TrainConfig, reporter: Reporter | None = Non
     config.json, and run.json, which says with which versions and on which data the run was started.
 
     SIGINT and SIGTERM finish the step under way, save and return; a resumed run continues with the very next step.
-    Under torchrun every process calls it alike; the first one writes and speaks.
+    Under torchrun every process calls it alike; the first one writes and speaks. One training alone works in a folder.
 
     Args:
         data: a folder of images, nested or not, or with train/ and val/ inside.
@@ -69,12 +77,32 @@ def train(data: str | Path, config: TrainConfig, reporter: Reporter | None = Non
         that cannot be used. TrainingError: a run that cannot start or go on.
     """
     reporter = reporter or Silent()
-    with team() as members:
+    with team() as members, FolderLock(config.out) as lock:
+        if members.share(lambda: Path(config.out).is_dir()):
+            _hold(lock, members, reporter)  # before the state is read, which another one may be about to replace
         run = Run(data, config, reporter, members)  # nothing to lose yet: Ctrl-C ends it as usual
+        _hold(lock, members, reporter, run)  # where there was no folder: one is made now that the options are good
         try:
             return _drive(run, str(data))
         finally:
             run.learner = None  # DDP holds the group of processes, which ends here
+
+
+def _hold(lock: FolderLock, members: Team, reporter: Reporter, run: Run | None = None) -> None:
+    """Makes the folder of a run this training's alone, for as long as its first process lives."""
+
+    def hold() -> None:
+        lock.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            why = lock.hold()
+        except FolderInUse as error:
+            raise TrainingError(f"{error}; wait for it, or choose another --out") from None
+        if run is not None and (run.out / STATE).exists() != run.resumed:
+            raise TrainingError(f"{run.out}: another run has been there since this one started; start it again")
+        if why and run is not None:
+            reporter.say(f"{why}: nothing keeps a second run out of {run.out}")
+
+    members.share(hold)
 
 
 def _drive(run: Run, data: str) -> Result:

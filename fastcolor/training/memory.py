@@ -77,16 +77,59 @@ def free_bytes(device: torch.device) -> int | None:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "cpu":
-        # what files are cached in counts as free on Linux: a run that has read its photos has little else
-        with suppress(OSError):
-            for line in Path("/proc/meminfo").read_text().splitlines():
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return None
+        known = [free for free in (_machine_free(), group_free()) if free is not None]
+        return min(known, default=None)
     return None
+
+
+def _machine_free() -> int | None:
+    # what files are cached in counts as free on Linux: a run that has read its photos has little else
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def group_free(root: Path = Path("/")) -> int | None:
+    """What the control groups of this process leave it, as containers and batch systems limit it; None without a limit.
+
+    The least of all levels, of versions 1 and 2. What files are cached in counts as free, as it does for the machine.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    mounts = root / "sys/fs/cgroup"
+    known = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            base, names = mounts / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        elif number == "0":  # version 2, beside version 1 in a folder of its own
+            base, names = mounts, ("memory.max", "memory.current", "")
+            base = base / "unified" if (base / "unified").is_dir() else base
+        else:
+            continue
+        # a container may see its group as the root of the mount, under a path that only the host has
+        level = Path(path.lstrip("/"))
+        for place in (base / level, *(base / parent for parent in level.parents)):
+            known.append(_level_free(place, *names))
+    return min((free for free in known if free is not None), default=None)
+
+
+def _level_free(place: Path, limit: str, usage: str, prefix: str) -> int | None:
+    """Of one control group; None where it has no limit."""
+    try:
+        most, used = int((place / limit).read_text()), int((place / usage).read_text())
+        stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # "max"
+        return None
+    cached = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
+    return max(0, most - used + cached)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -9,15 +9,17 @@ from fastcolor.training import memory
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.report import Reporter
 from fastcolor.training.run import Run
+from fastcolor.training.state import STATE, Progress, TrainingError, read_state
 
 
 def dry_run(data: str | Path, config: TrainConfig, reporter: Reporter) -> None:
-    """Says what a run would be: model, data, and the memory of a step, measured on crops of noise. Writes nothing.
+    """Says what a run would be: model, data, the memory of a step, measured on crops of noise, and whether its folder
+    holds a run. Writes nothing.
 
     Raises:
         as `train`.
     """
-    run = Run(data, config, reporter, measure=False)
+    run = Run(data, config, reporter, dry=True)
     photos, say = run.photos, reporter.say
     say(f"model: {_model_words(run)}, {count_parameters(run.task) / 1e6:.2f} M parameters")
     say(f"data: {len(photos.train)} to train on, {len(photos.val)} to check with, {len(photos.classes)} classes")
@@ -36,6 +38,30 @@ def dry_run(data: str | Path, config: TrainConfig, reporter: Reporter) -> None:
     if free is not None:
         fits = need.fits(free - weights)
         say(f"free: {_megabytes(free)}, for about {fits} crops at once" + ("" if fits >= images else ": too few"))
+    _tell_folder(run)
+
+
+def _tell_folder(run: Run) -> None:
+    """What the folder of the run has already, and what would come of it."""
+    path, resume, say = run.out / STATE, run.config.resume, run.reporter.say
+    if not path.exists():
+        if resume == "yes":
+            say(f"folder: {run.out} holds no run: --resume alone is refused; --resume auto, or none, starts one")
+        return
+    if run.resumed:
+        done = run.progress
+        where = f"it would go on with epoch {done.epoch + 1}, step {done.step + 1}"
+        say(f"folder: {run.out} holds a run: {where if done.epoch < run.config.epochs else 'all its epochs are done'}")
+        return
+    try:
+        done = Progress(**read_state(path)["progress"])
+        stands = f"a run, {done.epoch} epochs and {done.step} steps of the next one done"
+    except (TrainingError, TypeError):
+        stands = f"a run, but {STATE} is not readable, and --resume would fail"
+    say(
+        f"folder: {run.out} holds {stands}: without --resume a start is refused and nothing is overwritten; --resume "
+        "goes on with it, with its options where no others are given; another --out starts a new one"
+    )
 
 
 def _model_words(run: Run) -> str:

@@ -61,17 +61,18 @@ class Run:
 
     Args:
         data, config: as of `loop.train`. reporter: used by the first process alone. team: the processes.
-        measure: whether label statistics are taken from the photos, which a dry run has no use for.
+        dry: nothing will be trained: no label statistics are taken from the photos, and a folder that --resume would
+            not fit is no error.
     """
 
     def __init__(
-        self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, measure: bool = True
+        self, data: str | Path, config: TrainConfig, reporter: Reporter, team: Team = ALONE, dry: bool = False
     ):
         # the first one's: of a run that goes on it may come from the run's folder, which other machines need not see
         config = team.share(lambda: config)
         self.config, self.team, self.out = config, team, Path(config.out)
         self.reporter = reporter if team.lead else Silent()
-        self.resumed = team.share(self._check)
+        self.resumed = team.share(lambda: self._check(dry))
         self.device = choose_device(team.device(config.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -91,7 +92,7 @@ class Run:
         state = team.share(self._read_state) if self.resumed else None
         if state is not None:
             self._take_over(state)
-        if self.bins is not None and (measure or state is not None):
+        if self.bins is not None and not (dry and state is None):
             self.task.set_prior(self._measure_prior() if state is None else state["prior"])
         self.average = Average(self.task, config.ema) if config.ema else None
         if team.world > 1 and config.sync_norm:
@@ -116,7 +117,7 @@ class Run:
         self._sum = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else torch.float32)
         self._seen, self._saved = 0, time.monotonic()
 
-    def _check(self) -> bool:
+    def _check(self, dry: bool) -> bool:
         """Whether the run goes on with an earlier one, and whether it may start at all."""
         config, least = self.config, self.team.world * self.config.accumulate
         config.check()
@@ -125,7 +126,11 @@ class Run:
                 f"batch_size is the whole step's: {self.team.world} processes with {config.accumulate} pieces each "
                 f"need {least} at least, got {config.batch_size}"
             )
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"out must be a folder, {self.out} is a file")
         there = (self.out / STATE).exists()
+        if dry:
+            return there and config.resume != "no"
         if there and config.resume == "no":
             raise TrainingError(f"{self.out}: holds a run already; --resume goes on with it, or choose another --out")
         if config.resume == "yes" and not there:
@@ -185,6 +190,7 @@ class Run:
         at_once = max(1, config.batch_size // team.world // config.accumulate)
         order = InOrder(len(middle), team.rank, team.world)
         self.val_loader = make_loader(middle, order, at_once, min(workers, 2), pin)
+        self._val_at_once = at_once
         # spread over the list: in order of folders, the first ones would be of one class
         share = min(_PRIOR_IMAGES, len(photos.train))
         whole = PhotoCrops([photos.train[i * len(photos.train) // share] for i in range(share)], config.size)
@@ -355,10 +361,7 @@ class Run:
 
     def _memory_advice(self, images: int) -> str:
         config, team = self.config, self.team
-        self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._let_go()
         text = f"out of memory with {images} crops of {config.size} pixels at once on {self.device}"
         free = memory.free_bytes(self.device)
         try:
@@ -378,24 +381,59 @@ class Run:
             f"steps --accumulate {pieces}"
         )
 
+    def _let_go(self) -> None:
+        """Of memory that the next try needs."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _measured(self, batch: Batch) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """Of a batch's images, all at once; where memory runs out, of fewer at once from then on: images are judged one
+        by one, and a run could not go on with another batch size."""
+        at = 0
+        while at < len(batch.rgb):
+            found, images = None, min(self._val_at_once, len(batch.rgb) - at)
+            rgb, seeds, labels = (x[at : at + images] for x in (batch.rgb, batch.seeds, batch.labels))
+            try:
+                rgb, seeds, labels = self._on_device(Batch(rgb, [], seeds, labels))
+                found = self.judged.measure(Batch(rgb, [], seeds, labels))
+            except RuntimeError as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            if found is not None:
+                at += images
+                yield found
+                continue
+            rgb = seeds = labels = None  # out here the error, and with it all that it holds, is gone
+            self._let_go()
+            text = f"out of memory with {images} crops of {self.config.size} pixels at once in validation"
+            if images == 1:
+                raise TrainingError(
+                    f"{text} on {self.device}; the epoch's training is saved: --resume where there is more memory, or "
+                    "start again with a smaller --size"
+                )
+            self._val_at_once = images // 2
+            self.reporter.say(f"{text}: goes on with {self._val_at_once}")
+
     @torch.no_grad()
     def validate(self, stop: Stop) -> tuple[dict[str, float], Tensor | None] | None:
         """Means over the validation images, and the grid of samples [3, H, W] uint8, where the task has pictures.
 
         None after an interruption.
         """
-        judged = self.judged.eval()
+        # what is saved; without shared normalization each process has statistics of its own
+        self.team.follow(self.judged.eval())
         self.reporter.stage("validation", len(self.val_loader.dataset))
         totals, count, rows = {}, 0, []
         for batch in self._batches(self.val_loader, stop):
-            rgb, seeds, labels = self._on_device(batch)
-            values, pictures = judged.measure(Batch(rgb, [], seeds, labels))
-            for name, each in values.items():
-                totals[name] = totals.get(name, 0.0) + each.double().sum().item()
-            count += len(rgb)
-            if pictures is not None:
-                rows += [row.cpu() for row in pictures[: _SAMPLES - len(rows)]]
-            self.reporter.advance(len(rgb) * self.team.world)
+            for values, pictures in self._measured(batch):
+                for name, each in values.items():
+                    totals[name] = totals.get(name, 0.0) + each.double().sum().item()
+                if pictures is not None:
+                    rows += [row.cpu() for row in pictures[: _SAMPLES - len(rows)]]
+            count += len(batch.rgb)
+            self.reporter.advance(len(batch.rgb) * self.team.world)
             if stop.asked:
                 break
         if self.agree(stop.asked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -22,8 +23,9 @@ from av.format import Flags as FormatFlags
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
+from fastcolor.video.pipe import NobodyReads, Pipe
 from fastcolor.video.pipeline import Channel, Pipeline
-from fastcolor.video.reader import STREAM, Picture, Reader, is_sequence, numbered_files
+from fastcolor.video.reader import STREAM, Picture, Reader, clock, is_sequence, numbered_files
 from fastcolor.video.segments import Parts, SegmentWriter, fingerprint, join, parts_folder
 from fastcolor.video.sequence import ImageWriter, image_pixels
 from fastcolor.video.writer import (
@@ -102,7 +104,7 @@ class Status:
     read: int = 0
     written: int = 0  # given to the encoder, those that were there included
     queues: tuple[tuple[int, int], tuple[int, int]] = ((0, QUEUE), (0, QUEUE))  # (items, limit) before and after
-    joining: bool = False
+    joined: int | None = None  # frames, once all are written and segments are put together
 
 
 @dataclass
@@ -128,11 +130,13 @@ class _Coloured:
 
 @dataclass
 class _Cut:
-    """The end of a segment. `state` is the colorizer's; `whole` is False where the film was stopped in it."""
+    """The end of a segment. `state` is the colorizer's; `whole` is False where the film was stopped in it; `done` is
+    `_Film._done` by then."""
 
     state: bytes
     whole: bool
     moved: int
+    done: dict[str, float]
 
 
 def colorize_film(
@@ -176,12 +180,13 @@ class _Film:
         self.images = is_sequence(target)
         # what cannot be read twice, or not be joined, goes straight to its place
         self.segmented = not self.images and target != STREAM and source != STREAM and "://" not in source
-        self.status, self.summary = Status(), Summary()
-        self.read_out = False  # whether the reader came to the end of the film
+        self.status, self.summary, self.pipeline = Status(), Summary(), Pipeline()
+        self.read_out = False  # whether the reader came to its end, that of the film or before
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
+        self.before: dict[str, float] = {}  # `_done` of earlier runs, up to where this one goes on
 
     def run(self, overwrite: bool, resume: bool) -> Summary:
-        started = time.monotonic()
+        self.started = time.monotonic()
         options, summary = self.options, self.summary
         form = "image2" if self.images else format_of(self.target, options.format)
         self._check_target(overwrite, resume)
@@ -218,27 +223,32 @@ class _Film:
             if self.segmented:
                 parts = Parts(Path(self.target), self._recipe(), resume=resume, overwrite=overwrite)
                 self.status.resumed = self.status.written = summary.resumed = parts.frames
+                self.before = parts.parts[-1].done if parts.parts else {}
                 sink = _Segments(parts, encoding)
             elif self.images:
                 sink = _Images(self.target, encoding)
             else:
-                sink = _Stream(self.target, form, reader, encoding, copier)
+                sink = _Stream(self.target, form, reader, encoding, copier, self._over)
             try:
                 if parts is None or not parts.complete:
                     self._work(sink, parts)
                 if parts is not None:
                     self._join(parts, form, copier)
-                else:
-                    sink.finish()
+            except NobodyReads as error:
+                if not self.stop.is_set():
+                    raise VideoError(self._failed(error, parts)) from error
+                summary.stopped = True
+                summary.notes.append("standard output: nobody reads it, its end is missing")
             except (OSError, av.FFmpegError) as error:  # a full disk, mostly
                 raise VideoError(self._failed(error, parts)) from error
             finally:
-                sink.discard()
+                if not self.pipeline.busy("write"):  # nothing may be closed under it
+                    sink.discard()
                 if parts is not None:
                     parts.release()
             self._account(reader, copier, parts)
         summary.frames = self.status.written
-        summary.seconds = time.monotonic() - started
+        summary.seconds = time.monotonic() - self.started
         self._stats(summary)
         return summary
 
@@ -298,7 +308,7 @@ class _Film:
     # --- the pipeline -------------------------------------------------------------------------------------------------
 
     def _work(self, sink, parts: Parts | None) -> None:
-        pipeline = Pipeline()
+        pipeline = self.pipeline
         read: Channel[Picture | av.Packet] = Channel(pipeline, QUEUE)
         coloured: Channel[_Coloured | _Cut | av.Packet] = Channel(pipeline, QUEUE)
         self.channels = read, coloured
@@ -332,6 +342,7 @@ class _Film:
                     sink.write(item)
                     self.status.written += 1
                 self.busy["write"] += time.perf_counter() - since
+            sink.finish()  # here, as it may have to wait: the main thread sees signals
 
         pipeline.start("read", reading)
         pipeline.start("write", writing)
@@ -345,9 +356,17 @@ class _Film:
             self.reader.free = not pipeline.busy("read")
             raise
         self.summary.stopped = not self.read_out
-        if parts is not None and not self.summary.stopped:
+        if parts is not None and self._whole():
             parts.complete, parts.why = True, self.reader.ended.why
             parts.save()
+
+    def _over(self) -> bool:
+        """Whether the run was stopped, or has failed."""
+        return self.stop.is_set() or self.pipeline.error is not None
+
+    def _whole(self) -> bool:
+        """Whether all that can be had of the film was read: no later run would find more."""
+        return self.read_out and not self.reader.ended.passing
 
     def _colour(self, colorizer: ColorsFrames, read: Channel, coloured: Channel) -> None:
         options, info, pixels = self.options, self.reader.info, self.encoding.pixels
@@ -370,7 +389,7 @@ class _Film:
             hand_on(colorizer.flush)
             state = io.BytesIO()
             torch.save(colorizer.state_dict(), state)
-            coloured.put(_Cut(state.getvalue(), whole, self.reader.ended.moved))
+            coloured.put(_Cut(state.getvalue(), whole, self.reader.ended.moved, self._done()))
 
         for item in read.items(self.stop):
             if isinstance(item, av.Packet):
@@ -387,7 +406,7 @@ class _Film:
             if self.watch:
                 self.watch(self.status)
         if began is not None:
-            cut(self.read_out)
+            cut(self._whole())
         coloured.put(None)
 
     def _join(self, parts: Parts, form: str, copier: Copier) -> None:
@@ -395,16 +414,23 @@ class _Film:
             parts.remove()
             if self.summary.stopped:
                 return
-            raise VideoError(f"{self.source}: has no frames")
-        self.status.joining = True
-        if self.watch:
-            self.watch(self.status)
-        whole = not self.summary.stopped
-        join(parts, form, self.reader, self.encoding, copier, whole)
+            why = f" ({self.reader.ended.why})" if self.reader.ended.why else ""
+            raise VideoError(f"{self.source}: has no frames{why}")
+        whole = parts.complete
+
+        def watch(frames: int) -> None:
+            self.status.joined = frames
+            if self.watch:
+                self.watch(self.status)
+
+        watch(0)
+        join(parts, form, self.reader, self.encoding, copier, whole, watch)
         if whole:
             parts.remove()
 
     def _failed(self, error: OSError | av.FFmpegError, parts: Parts | None) -> str:
+        if self.target == STREAM and isinstance(error, BrokenPipeError):
+            return f"standard output: was closed by who read it, after {self.status.written} frames"
         reason = error.strerror or str(error)
         kept = ""
         if parts is not None and parts.parts:
@@ -429,7 +455,7 @@ class _Film:
         if summary.stopped:
             return
         at = ended.at if not parts or not parts.parts else float(parts.parts[-1].end * reader.info.time_base)
-        why = parts.why if parts is not None else ended.why
+        why = ended.why or (parts.why if parts is not None else None)
         if why:
             summary.broken_off = f"{reader.label}: ends at {clock(at)}: {why}"
             return
@@ -438,11 +464,25 @@ class _Film:
             early = f"{missing:.1f} s before the end that its header gives"
             summary.broken_off = f"{reader.label}: is cut off: ends at {clock(at)}, {early}"
 
-    def _stats(self, summary: Summary) -> None:
-        """fps by stage: frames of this run over the seconds that the stage worked."""
-        made = summary.frames - summary.resumed
-        stages = {"read": self.reader.seconds, **self.busy}
+    def _done(self) -> dict[str, float]:
+        """Seconds and counts of the film, in this run and in earlier ones, without what they threw away."""
         stats = getattr(getattr(self, "colorizer", None), "stats", None)
+        now = {"runs": 1, "seconds": time.monotonic() - self.started}
+        now |= {f"stage {k}": s for k, s in {"read": self.reader.seconds, **self.busy}.items()}
+        if stats is not None:
+            now |= {"network_runs": stats.network, "cuts": stats.cuts}
+            now |= {f"step {k}": s for k, s in stats.seconds.items()}
+        return {k: self.before.get(k, 0) + now.get(k, 0) for k in {**self.before, **now}}
+
+    def _stats(self, summary: Summary) -> None:
+        """All runs of the film together, but for what is named after the last. fps by stage: frames over the seconds
+        that the stage worked."""
+        done, made = self._done(), summary.frames - summary.resumed
+
+        def parts_of(kind: str) -> dict[str, float]:
+            return {k.removeprefix(kind): round(s, 3) for k, s in done.items() if k.startswith(kind)}
+
+        stages = parts_of("stage ")
         waits = {}
         if hasattr(self, "channels"):
             read, coloured = self.channels
@@ -455,34 +495,30 @@ class _Film:
         summary.stats |= {
             "frames": summary.frames,
             "resumed": summary.resumed,
-            "seconds": round(summary.seconds, 3),
-            "fps": round(made / max(summary.seconds, 1e-9), 3),
-            "fps_by_stage": {k: round(made / s, 3) for k, s in stages.items() if s > 0},
-            "seconds_by_stage": {k: round(s, 3) for k, s in stages.items()},
-            "seconds_waited": {k: round(s, 3) for k, s in waits.items()},
-            "peak_memory_bytes": peak_memory(),
+            "runs": done["runs"],
+            "seconds": round(done["seconds"], 3),
+            "fps": round(summary.frames / max(done["seconds"], 1e-9), 3),
+            "fps_by_stage": {k: round(summary.frames / s, 3) for k, s in stages.items() if s > 0},
+            "seconds_by_stage": stages,
+            "last_run": {
+                "frames": made,
+                "seconds": round(summary.seconds, 3),
+                "seconds_waited": {k: round(s, 3) for k, s in waits.items()},
+                "peak_memory_bytes": peak_memory(),
+            },
             "stopped": summary.stopped,
             "broken_off": summary.broken_off,
             "notes": summary.notes,
             "encoder": {"codec": self.encoding.codec, "pixels": self.encoding.pixels.name, **self.encoding.options},
         }
-        if stats is not None:
-            summary.stats |= {
-                "network_runs": getattr(stats, "network", None),
-                "cuts": getattr(stats, "cuts", None),
-                "colour_seconds_by_step": {k: round(s, 3) for k, s in getattr(stats, "seconds", {}).items()},
-            }
+        if "network_runs" in done:
+            summary.stats |= {k: done[k] for k in ("network_runs", "cuts")}
+            summary.stats["colour_seconds_by_step"] = parts_of("step ")
 
 
 def peak_memory() -> int:
     """Bytes of this process that were in memory together, at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03.4."""
-    tenths = round(seconds * 10)
-    return f"{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}.{tenths % 10}"
 
 
 def _make_folder(folder: Path) -> None:
@@ -511,11 +547,14 @@ class _Segments:
         self._now.write(make_frame(item.luma, item.u, item.v, picture.pts, self.encoding), picture.duration)
 
     def cut(self, item: _Cut) -> None:
-        self.parts.add(self._now.finish(item.whole), item.state, item.moved)
+        self.parts.add(self._now.finish(item.whole, item.done), item.state, item.moved)
         self._now = None
 
     def copy(self, packet: av.Packet) -> None:
         raise AssertionError("the other streams are copied when the segments are joined")
+
+    def finish(self) -> None:
+        pass
 
     def discard(self) -> None:
         if self._now is not None:
@@ -525,11 +564,12 @@ class _Segments:
 class _Stream:
     """Into a container at once: a pipe, or a file from a pipe."""
 
-    def __init__(self, target: str, form: str, reader: Reader, encoding: Encoding, copier: Copier):
+    def __init__(
+        self, target: str, form: str, reader: Reader, encoding: Encoding, copier: Copier, over: Callable[[], bool]
+    ):
         self.target, self.encoding, self.copier = target, encoding, copier
-        self._temporary = None if target == STREAM else _beside(Path(target))
-        name = "pipe:1" if self._temporary is None else f"file:{self._temporary}"
-        self._container = av.open(name, "w", format=form)
+        self._temporary, self._pipe = (None, Pipe(1, over)) if target == STREAM else (_beside(Path(target)), None)
+        self._container = av.open(self._pipe or f"file:{self._temporary}", "w", format=form)
         self._stream = add_film(self._container, encoding)
         copy_tags(self._stream, reader)
         copier.add_to(self._container)
@@ -562,6 +602,8 @@ class _Stream:
             self._temporary = None
 
     def discard(self) -> None:
+        if self._pipe is not None:  # closing writes, where it was not done yet
+            self._pipe.broken = self._pipe.broken or OSError(errno.EPIPE, "the run is over")
         with suppress(av.FFmpegError, OSError):
             self._container.close()
         if self._temporary is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -26,7 +28,15 @@ _PATTERN = re.compile(r"%(0\d+)?d")
 _TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # FFmpeg shows text as video
 _WITH_DURATION = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf", "mxf"}  # what their headers say is not a guess
 _LEAD = 2.0  # seconds before the wanted frame to which is sought, so that decoder and filter are in step by then
+_INTERLACED = "--deinterlace makes frames of its fields, --no-deinterlace takes the frames as they are"
+_PROBED = 30.0  # seconds from which on a film is looked into for interlaced frames before it is begun
 _SHORT = 1.0  # seconds that may be missing of the duration that the header gives
+# Of disks, drives that were pulled out, and networks. A file that is cut off, or damaged, gives none of these.
+_PASSING = {
+    errno.EIO, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
+    errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENOMEM,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,22 @@ class End:
     """How reading ended: `why` says what kept it from the end of the film, None where it got there."""
 
     why: str | None = None
+    passing: bool = False  # the film itself goes on there: another run may read it, maybe with other options
     at: float = 0.0  # seconds
     damaged: int = 0  # packets and frames that the decoder found damaged
     moved: int = 0  # frames whose timestamps did not rise and were moved
     notes: list[str] = field(default_factory=list)
+
+
+def may_pass(error: OSError | av.FFmpegError) -> bool:
+    """Whether an error in reading is not of the film, but of the disk or network that it lies on."""
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03.4."""
+    tenths = round(seconds * 10)
+    return f"{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}.{tenths % 10}"
 
 
 def is_sequence(name: str) -> bool:
@@ -86,8 +108,8 @@ class Reader:
     Args:
         name: a file, a numbered image sequence, an address that FFmpeg knows, or "-" for standard input.
         start, end: seconds from the beginning of the film; only frames in between are read. The film then begins at 0.
-        deinterlace: True weaves fields into frames (bwdif), False takes frames as they are, None refuses interlaced
-            ones.
+        deinterlace: True weaves fields into frames (bwdif), False takes frames as they are, None ends the film before
+            the first that is interlaced (`End.why`), and refuses it where that is the first of all.
         rate: frames per second of an image sequence.
         threads: of the decoder; 0 is FFmpeg's own choice.
         copies: whether `frames` gives the packets of the other streams too, as they come.
@@ -187,6 +209,9 @@ class Reader:
         stream, luma = self.stream, self._head[-1].luma
         rate = self._rate()
         duration = self._duration()
+        of_file = self._first_number is None and self.name != STREAM and "://" not in self.name
+        if of_file and self.deinterlace is None and duration >= _PROBED:
+            self._probe(duration)
         return FilmInfo(
             name=self.label,
             width=luma.shape[1],
@@ -202,6 +227,18 @@ class Reader:
             duration=duration,
             codec=stream.codec_context.name,
         )
+
+    def _probe(self, duration: float) -> None:
+        """Looks for interlaced frames at some places: better here than after an hour of work. `_read` sees all."""
+        with suppress(av.FFmpegError, OSError), av.open(url(self.name), metadata_errors="replace") as film:
+            stream, begin = film.streams[self.stream.index], self.begin
+            begin = Fraction(film.start_time or 0, av.time_base) if begin is None else begin
+            for i in range(5):
+                film.seek(int((begin + Fraction(duration * (2 * i + 1) / 10)) * av.time_base))
+                frame = next((f for packet in islice(film.demux(stream), 100) for f in packet.decode()), None)
+                if frame is not None and frame.interlaced_frame:
+                    at = "" if frame.time is None else f" at {clock(frame.time - float(self.offset))}"
+                    raise VideoError(f"{self.label}: is interlaced{at}, though not in its first frame; {_INTERLACED}")
 
     def _rate(self) -> Fraction:
         for rate in (self.stream.guessed_rate, self.stream.average_rate, self.stream.base_rate):
@@ -297,6 +334,9 @@ class Reader:
             last, step, number = pts, duration, number + 1
             if number <= skip:
                 continue
+            if frame.interlaced_frame and self.deinterlace is None:  # titles may have come before, which are not
+                self.ended.why, self.ended.passing = f"is interlaced from there on; {_INTERLACED}", True
+                return
             rgb = read_rgb(frame, self._colours) if self.rgb else None
             picture = Picture(read_luma(frame, self._colours), pts, duration, number - 1, rgb)
             self.ended.at = float((pts + duration) * tick)
@@ -310,10 +350,7 @@ class Reader:
     def _learn(self, frame: av.VideoFrame) -> None:
         """What the first frame says of all."""
         if frame.interlaced_frame and self.deinterlace is None:
-            raise VideoError(
-                f"{self.label}: is interlaced; --deinterlace makes frames of its fields, --no-deinterlace takes the "
-                "frames as they are"
-            )
+            raise VideoError(f"{self.label}: is interlaced; {_INTERLACED}")
         self._colours = read_colours(frame, self.stream.codec_context.name)
         self._bits = _luma_bits(frame)
         self._kind = (frame.width, frame.height, self._bits)
@@ -341,6 +378,7 @@ class Reader:
                 break
             except (av.FFmpegError, OSError) as error:
                 self.ended.why = f"reading failed there: {getattr(error, 'strerror', None) or error}"
+                self.ended.passing = may_pass(error)
                 with suppress(av.FFmpegError):
                     yield from stream.codec_context.decode(None)  # what the decoder holds back
                 return

@@ -18,9 +18,9 @@ import heapq
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,21 @@ class Part:
     last: int  # timestamp of the last frame
     end: int  # where the last frame ends
     reorder: int  # frames that may be decoded between a frame's place in time and its place in the file
-    whole: bool = True  # False: the film was stopped in it, so that the next run makes it anew
+    whole: bool = True  # False: the film was stopped or broke off in it, so that the next run makes it anew
+    done: dict[str, float] = field(default_factory=dict)  # what the film took so far, in all runs: for statistics
 
 
 def fingerprint(path: str) -> dict[str, Any]:
-    """What tells one input file from another without reading all of it."""
-    size, digest = os.path.getsize(path), hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        digest.update(file.read(_ENDS))
-        file.seek(max(0, size - _ENDS))
-        digest.update(file.read(_ENDS))
+    """What tells one input file from another without reading all of it. Raises VideoError where it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read to its end ({error.strerror or error})") from error
     return {"bytes": size, "ends": digest.hexdigest()}
 
 
@@ -66,7 +71,8 @@ class Parts:
 
     Args:
         target: the output file.
-        recipe: all that the frames depend on, as JSON takes it; a run goes on only with the same.
+        recipe: all that the frames depend on, as JSON takes it; a run goes on only with the same, but for
+            "deinterlace" of its "options" where that was None.
 
     Raises:
         VideoError: `resume` with nothing to go on from, or another recipe; segments there without `resume` or
@@ -128,8 +134,14 @@ class Parts:
             return None
 
     def _take_over(self, found: dict[str, Any]) -> None:
-        if found["recipe"] != self.recipe:
-            changed = sorted(_differences(found["recipe"], self.recipe))
+        before = found["recipe"]
+        options = before.get("options", {})
+        if (
+            options.get("deinterlace", True) is None
+        ):  # then none of the frames there was interlaced: any answer suits them
+            options["deinterlace"] = self.recipe["options"]["deinterlace"]
+        if before != self.recipe:
+            changed = sorted(_differences(before, self.recipe))
             raise VideoError(f"{self.target}: cannot be resumed, these are not as they were: {', '.join(changed)}")
         for entry in found["parts"]:
             part = Part(**entry)
@@ -239,13 +251,13 @@ class SegmentWriter:
             bisect.insort(self._seen, packet.pts)
             self._container.mux_one(packet)
 
-    def finish(self, whole: bool) -> Part:
+    def finish(self, whole: bool, done: dict[str, float] | None = None) -> Part:
         self._mux(self._stream.encode(None))
         self._container.close()
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self._temporary, self.path)
-        return Part(self.path.name, self.frames, self.start, self.last, self.end, self.reorder, whole)
+        return Part(self.path.name, self.frames, self.start, self.last, self.end, self.reorder, whole, done or {})
 
     def discard(self) -> None:
         with suppress(av.FFmpegError, OSError):
@@ -256,11 +268,21 @@ class SegmentWriter:
 # --- joining ----------------------------------------------------------------------------------------------------------
 
 
-def join(parts: Parts, form: str, reader: Reader, encoding: Encoding, copier: Copier, whole: bool) -> None:
+def join(
+    parts: Parts,
+    form: str,
+    reader: Reader,
+    encoding: Encoding,
+    copier: Copier,
+    whole: bool,
+    watch: Callable[[int], None] = lambda frames: None,
+) -> None:
     """Makes the output of the segments and the other streams of the film, packet by packet, nothing encoded again.
 
     Args:
-        whole: False cuts the other streams where the frames end: the film was stopped there.
+        whole: False cuts the other streams where the frames end: the film was stopped, or broke off, there.
+        watch: called with the number of frames that are joined, after each packet. What it raises ends the joining,
+            which begins anew the next time; the segments stay.
 
     Raises:
         VideoError: a segment is not as it was written. OSError: the output cannot be written.
@@ -286,8 +308,11 @@ def join(parts: Parts, form: str, reader: Reader, encoding: Encoding, copier: Co
             describe(container, reader)
             end = float(parts.parts[-1].end * info.time_base)
             others = copier.packets(None if whole else end)
+            frames = 0
             for packet in heapq.merge(_film_packets(parts, stream, info), others, key=_time):
+                frames += packet.stream is stream
                 container.mux_one(packet)
+                watch(frames)
         except BaseException:
             with suppress(av.FFmpegError, OSError):
                 container.close()

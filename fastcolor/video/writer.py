@@ -18,7 +18,7 @@ from av.stream import Disposition
 from torch import Tensor
 
 from fastcolor.video.errors import VideoError
-from fastcolor.video.reader import STREAM, FilmInfo, Reader, url
+from fastcolor.video.reader import STREAM, FilmInfo, Reader, may_pass, url
 from fastcolor.video.tags import PixelFormat, choose_format
 
 
@@ -273,7 +273,11 @@ class Copier:
         return packet
 
     def packets(self, until: float | None) -> Iterable[av.Packet]:
-        """All that are wanted, read from the file anew; up to `until` seconds."""
+        """All that are wanted, read from the file anew; up to `until` seconds.
+
+        Raises:
+            VideoError: reading failed, though the film goes on there; not where `until` is given.
+        """
         if not self._chosen:
             return
         with av.open(url(self.reader.name), metadata_errors="replace") as container:
@@ -286,7 +290,13 @@ class Copier:
                     if made is None or (until is not None and float(made.dts * made.time_base) >= until):
                         continue
                     yield made
-            except (av.FFmpegError, OSError):
+            except (av.FFmpegError, OSError) as error:
+                if until is None and may_pass(error):
+                    reason = error.strerror or error
+                    raise VideoError(
+                        f"{self.reader.label}: reading of its other streams failed ({reason}); the frames are kept, "
+                        "--resume joins them"
+                    ) from error
                 return  # a damaged end: the frames before it are there as well
 
 
@@ -323,6 +333,30 @@ def copy_tags(stream: av.VideoStream, reader: Reader) -> None:
     kept = {k: v for k, v in reader.stream.metadata.items() if not k.lower().startswith(dropped)}
     stream.metadata.update(kept)
     stream.disposition = reader.stream.disposition
+
+
+_USUAL = {".mp4", ".m4v", ".mov", ".mkv"}
+_PLAYED_IN_MP4 = {"h264", "hevc", "av1", "aac", "mp3", "ac3", "eac3", "alac", "opus", "mov_text"}
+
+
+def usual_suffix(name: str, codec: str) -> str:
+    """The suffix of an output beside a film, for an encoder: the film's own where that is .mp4, .m4v, .mov or .mkv, and
+    usual for the encoder.
+
+    Else .mp4 where players know the encoder's stream and all that are copied in it, else .mkv (ProRes: .mov). Program
+    streams, AVI and the like take H.264 without its timestamps, or not at all.
+    """
+    suffix = Path(name).suffix
+    try:
+        made = av.Codec(codec, "w").canonical_name
+        if suffix.lower() in (_USUAL if made in _PLAYED_IN_MP4 else {".mkv", ".mov"} if made == "prores" else {".mkv"}):
+            return suffix
+        with av.open(url(name), metadata_errors="replace") as film:
+            streams = [s for s in film.streams if s.type in ("audio", "subtitle", "attachment")]
+            copied = {getattr(s.codec_context, "name", None) and s.codec_context.codec.canonical_name for s in streams}
+    except (av.FFmpegError, OSError, ValueError):
+        return ".mkv"  # what is wrong with it is said later
+    return ".mov" if made == "prores" else ".mp4" if {made, *copied} <= _PLAYED_IN_MP4 else ".mkv"
 
 
 def format_of(target: str, asked: str | None = None) -> str:

@@ -100,6 +100,16 @@ def test_ratio_of_one_run_is_as_wide_as_its_quartiles():
     assert results.ratio([run], "a table", "ours", "gone") is None
 
 
+@pytest.mark.parametrize("single", ["ours", "peer"])
+def test_ratio_of_one_sample_says_so(single):
+    """Quartiles of a single call are no spread."""
+    one = data(ours=10, peer=30, iqr=2)
+    next(r for r in one["rows"] if r["candidate"] == single).update(samples=1, iqr_us=0.0)
+    assert results.ratio([results.Run("lab", "m", "cpu", one)], "a table", "ours", "peer").times == "3.0× (one sample)"
+    three = results.Run("lab", "m", "cpu", data(ours=10, peer=30, iqr=2))
+    assert results.ratio([three], "a table", "ours", "peer").times == "2.6–3.4×"
+
+
 def test_ratio_of_reruns_is_as_wide_as_they_are():
     runs = [results.Run("lab", "m", "cpu", data(ours=o, peer=p)) for o, p in ((10, 31), (10, 34), (20, 64))]
     assert str(results.ratio(runs, "a table", "ours", "peer")) == "3.1–3.4"

@@ -51,6 +51,7 @@ def test_onnx(tmp_path, weights, monkeypatch):
     (("a.safetensors", "--dtype", "int4"), "--dtype must be one of fp32, fp16, bf16; got 'int4'"),
     (("a.onnx", "--dtype", "fp16"), "--dtype means nothing for .onnx"),
     (("a.safetensors", "--vividness", "0.2"), "--vividness means nothing for .safetensors"),
+    (("a.onnx", "--vividness", "nan"), "Invalid value for '--vividness'"),
     (("a.onnx", "--size", "big"), "--size must look like 256x192 (width x height), got 'big'"),
 ])  # fmt: skip
 def test_bad_options(weights, tmp_path, monkeypatch, arguments, words):

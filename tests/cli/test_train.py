@@ -171,6 +171,7 @@ def test_resume_with_and_without_a_word(monkeypatch, given, expected):
         (["train", "."], "no images"),
         (["train"], "data is missing"),
         (["train", ".", "--head", "gan"], "head must be one of distribution, regression"),
+        (["train", ".", "--lr", "nan"], "lr must be a finite number, got nan"),
         (["train", ".", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
     ],
     ids=str,

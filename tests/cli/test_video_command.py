@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,25 @@ def test_refusals(made, args, code, message):
     assert sorted(p.name for p in Path().iterdir()) == ["in.mkv", "in.txt"]
 
 
+@pytest.mark.parametrize(
+    ("name", "audio", "codec", "suffix"),
+    [
+        ("in.mpg", "mp2", "libx264", ".mkv"), ("in.vob", "ac3", "libx264", ".mp4"),
+        ("in.m2ts", "ac3", "libx265", ".mp4"), ("in.m2ts", "ac3", "ffv1", ".mkv"),
+        ("in.ts", "ac3", "prores_ks", ".mov"), ("in.MOV", "ac3", "prores_ks", ".MOV"),
+        ("in.MOV", "ac3", "ffv1", ".mkv"), ("in.mp4", "ac3", "prores_ks", ".mov"),
+    ],
+)  # fmt: skip
+def test_output_beside_films_of_other_containers(made, name, audio, codec, suffix):
+    make_clip(Path(name), times=steady(12), codec="mpeg2video", audio=audio)
+    result = run(name, "--codec", codec)
+    out = f"in-color{suffix}"
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in Path().iterdir()) == sorted([name, out]) and len(luma_planes(Path(out))) == 12
+    assert (f"writing {out}: " in result.stderr) == (Path(name).suffix != suffix) and "left out" not in result.stderr
+    assert packets_of(Path(out), "audio") == packets_of(Path(name), "audio")
+
+
 def test_time_formats():
     assert [command._seconds(t) for t in ("90", "1:30", "0:01:30.5", None)] == [90, 90, 90.5, None]
     assert command._rate("24000/1001") == Fraction(24000, 1001)
@@ -129,7 +149,87 @@ def test_lines_of_progress_without_terminal(made, monkeypatch):
     result = run("in.mkv", "-o", "out.mkv", "--codec", "ffv1")
     lines = result.stderr.splitlines()
     assert any("of 30 frames, " in line and " fps" in line and " waiting " in line for line in lines), lines
+    assert any(re.fullmatch(r"joining the segments, \d+ of 30 frames, 00:00:0\d left", line) for line in lines), lines
     assert run("in.mkv", "-o", "out.mkv", "--codec", "ffv1", "--overwrite", "-q").output == ""
+
+
+STUBBED = """
+import importlib, os, sys
+from types import SimpleNamespace
+from video.clips import Counting
+from fastcolor.bins import ColorBins
+from fastcolor.cli import main
+from fastcolor.video import colorizer
+command = importlib.import_module("fastcolor.cli.video")
+command._PATIENCE = float(os.environ["PATIENCE"])
+command._load = lambda *_: SimpleNamespace(
+    options=SimpleNamespace(vividness=0.5), bins=ColorBins(), checkpoint=SimpleNamespace(prior=None))
+colorizer.VideoColorizer = lambda network, yuv, *_: Counting(yuv)
+sys.argv[1:1] = ["video", "--codec", "ffv1"]
+main()
+"""
+
+
+def signalled():  # SIGINT ignored by who started these tests stays so
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stubbed(*args, patience=30.0, **pipes):
+    env = {**os.environ, "PATIENCE": str(patience), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return subprocess.Popen([sys.executable, "-c", STUBBED, *args], env=env, stderr=subprocess.PIPE,
+                            preexec_fn=signalled, **pipes)  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_pipe_that_nobody_reads_does_not_hold_the_exit(number, code):
+    make_clip(Path("in.mkv"), times=steady(100), size=(320, 240))  # more than a pipe and all queues hold
+    reading, writing = os.pipe()
+    process = stubbed("in.mkv", "-o", "-", stdout=writing)
+    os.close(writing)
+    begun = os.read(reading, 100)
+    assert begun[:4] == bytes.fromhex("1a45dfa3")
+    time.sleep(1.0)  # the pipe fills up
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1].decode()
+    os.close(reading)
+    assert process.returncode == code and "Traceback" not in errors, errors
+    if code == 130:
+        assert "warning: standard output: nobody reads it, its end is missing" in errors
+        assert "interrupted: - ends after" in errors
+    else:
+        assert errors.splitlines()[-1] == "terminated"
+
+
+def test_closed_pipe_is_an_error():
+    make_clip(Path("in.mkv"), times=steady(100), size=(320, 240))
+    process = stubbed("in.mkv", "-o", "-", stdout=subprocess.PIPE)
+    process.stdout.read(100)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 1
+    assert "error: standard output: was closed by who read it, after " in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_input_that_sends_nothing_does_not_hold_the_exit(number):
+    """The main thread then hangs in FFmpeg, and hears of no signal."""
+    reading, writing = os.pipe()
+    process = stubbed("-", "-o", "out.mkv", "--format", "matroska", patience=0.5, stdin=reading)
+    os.write(writing, b"\x1a\x45")
+    deadline = time.monotonic() + 60
+    caught = re.compile(r"SigCgt:\t(\w+)")  # a bit for each signal that has a handler
+    while time.monotonic() < deadline:
+        if int(caught.search(Path(f"/proc/{process.pid}/status").read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1].decode()
+    os.close(writing)
+    os.close(reading)
+    assert process.returncode == 128 + number and "something hangs, and is left" in errors
 
 
 def test_real_network_ctrl_c_and_resume():
@@ -142,9 +242,6 @@ def test_real_network_ctrl_c_and_resume():
     make_clip(Path("in.mkv"), times=steady(count, 4), codec="ffv1", audio="flac")
     args = [sys.executable, "-m", "fastcolor", "video", "in.mkv", "-o", "out.mkv", "--codec", "ffv1", "--size", "32",
             "--weights", "tiny.safetensors", "--device", "cpu", "--threads", "1"]  # fmt: skip
-
-    def signalled():  # SIGINT ignored by who started these tests stays so
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def start(*more):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -47,6 +47,33 @@ def test_cuda_without_a_device():
             pass
 
 
+def test_unlike_devices_have_their_own_choice(monkeypatch):
+    """One GPU that is too old for the CUDA kernels keeps none from the other, in whichever order they stand."""
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=old: (7, 5) if device == old else (9, 0))
+    monkeypatch.setattr(_backend, "native", lambda module: object())
+    monkeypatch.setitem(_backend.OFFERS, "quick", ("cuda", "reference"))
+    caches = (_backend._missing, _backend._choose, _backend.say_once)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        assert _backend.choose("quick", new).name == "cuda"
+        choice = _backend.choose("quick", old)
+        assert choice.name == "reference" and "8.0 and above, cuda:0 has 7.5" in choice.why
+        with fastcolor.use_backend("cuda"):
+            assert _backend.choose("quick", new).name == "cuda"
+            with pytest.raises(fastcolor.BackendError, match="cuda:0 has 7.5"):
+                _backend.choose("quick", old)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        _backend._missing.cache_clear()
+        assert "8.0 and above" in _backend.missing("cuda")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
 def test_fallback_works_and_is_said_once(without_cpp, caplog):
     rgb = torch.rand(3, 4, 4)
     with caplog.at_level(logging.WARNING, "fastcolor"):

@@ -18,6 +18,8 @@ from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import EpochBatches, find_photos
 from fastcolor.training.distributed import ALONE, SharedBatchNorm2d, share_norms, team
 from fastcolor.training.loop import train
+from fastcolor.training.report import Silent, Stop
+from fastcolor.training.run import Run
 from fastcolor.training.sources import pack
 
 # a low rate: Adam's first steps are signs of gradients, and magnify their last bits
@@ -57,6 +59,19 @@ def test_two_processes_train_as_one(photos, tmp_path, options):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         for name in ("val_loss", "val_psnr", "val_colorfulness"):
             assert ours[name] == pytest.approx(theirs[name], rel=5e-4), name
+
+
+@pytest.mark.parametrize("ema", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_all_validate_what_is_saved(photos, tmp_path, ema):
+    """Also where each process normalizes its own images: the statistics are those of the file, not its own."""
+    config = replace(TINY, epochs=1, lr=5e-3, batch_size=3, ema=ema, sync_norm=False, out=str(tmp_path / "run"))
+    process = torchrun(photos, config, tmp_path)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    (entry,) = (json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    found, _ = Run(photos, replace(config, resume="yes"), Silent()).validate(Stop())
+    for name in ("val_loss", "val_psnr", "val_colorfulness"):
+        assert entry[name] == pytest.approx(found[name], rel=1e-6), name
 
 
 def test_one_signal_stops_all_and_one_process_goes_on(photos, tmp_path):

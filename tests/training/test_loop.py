@@ -23,7 +23,7 @@ from fastcolor.ops.cross_entropy import color_cross_entropy
 from fastcolor.reference import mean_field as reference
 from fastcolor.training import color, memory
 from fastcolor.training.average import Average
-from fastcolor.training.color import split_lab
+from fastcolor.training.color import ColorTask, split_lab
 from fastcolor.training.config import TrainConfig
 from fastcolor.training.data import Batch, DataError
 from fastcolor.training.distributed import Team
@@ -197,7 +197,10 @@ def test_bad_folders_and_options(tmp_path, photos):
         train(tmp_path / "none", replace(TINY, out=out))
     with pytest.raises(RuntimeError, match="device 'cuda:77' cannot be used"):
         train(photos, replace(TINY, out=out, device="cuda:77"))
+    (tmp_path / "file").write_text("")
     for change, message in (
+        ({"out": str(tmp_path / "file")}, "out must be a folder, .*file is a file"),
+        ({"seed": 2**70}, "seed must be at most 9223372036854775807"),
         ({"head": "gan"}, "head must be one of distribution, regression; got 'gan'"),
         ({"size": 8}, "size must be at least 64, got 8"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
@@ -206,7 +209,7 @@ def test_bad_folders_and_options(tmp_path, photos):
         ({"val_share": 1.0}, "val_share must be between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(photos, replace(TINY, out=out, **change))
+            train(photos, replace(TINY, **{"out": out, **change}))
     for usable in (1, 0):
         for path in find_images(photos)[usable:]:
             path.write_text("no image")
@@ -352,7 +355,7 @@ def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
 
 def test_colours_are_measured_all_over_the_list(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("fastcolor.training.run._PRIOR_IMAGES", 4)
-    run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), measure=False)
+    run = Run(scenes, replace(TINY, out=str(tmp_path / "run")), Silent(), dry=True)
     names = [p.removeprefix(f"{scenes}/train/") for p in run.prior_loader.dataset.files]
     assert names == ["a/airfield/0.png", "a/airfield/3.png", "coast/0.png", "coast/3.png"]
 
@@ -374,7 +377,7 @@ def test_all_processes_follow_the_configuration_of_the_first(photos, tmp_path):
             found = make()
             return replace(found, batch_size=3) if isinstance(found, TrainConfig) else found
 
-    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent(), Follower(), measure=False)
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent(), Follower(), dry=True)
     assert run.config.batch_size == 3 and run.batches.batch_size == 3
 
 
@@ -478,6 +481,69 @@ def test_out_of_memory_says_what_would_fit(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
+def test_one_training_in_a_folder(photos, tmp_path):
+    """Whether the folder was there before or not; a failure lets go of it."""
+    out = tmp_path / "run"
+    config = replace(TINY, epochs=1, out=str(out), resume="auto")
+    told = []
+
+    class Second(Recorder):
+        def advance(self, count=1, **values):
+            if "loss" in values and not told:
+                with pytest.raises(TrainingError) as caught:
+                    train(photos, config)
+                told.append(str(caught.value))
+
+    assert train(photos, config, Second()).finished
+    assert re.fullmatch(rf"{out}: process {os.getpid()} on .* is at work there; wait for it, or choose .*", told[0])
+    assert not (out / "run.lock").exists()
+    with pytest.raises(TrainingError, match="cannot resume with other options"):
+        train(photos, replace(config, skip=True))
+    assert train(photos, replace(config, epochs=2)).finished
+
+
+def test_a_run_that_came_and_went_meanwhile(photos, tmp_path):
+    """Of two that start in no folder at all, one may be through before the other one has read its photos."""
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"), resume="auto")
+
+    class Slow(Silent):
+        def stage(self, text, total):
+            if text == "measuring colours":
+                train(photos, config)
+
+    with pytest.raises(TrainingError, match="another run has been there since this one started"):
+        train(photos, config, Slow())
+
+
+def test_out_of_memory_in_validation(photos, tmp_path, monkeypatch):
+    """Fewer at once have the same means; where not even one fits there is a word, and the epoch is not lost."""
+    config = replace(TINY, epochs=1, out=str(tmp_path / "run"))
+    whole = train(photos, replace(config, out=str(tmp_path / "whole"))).history
+    measure, seen, most = ColorTask.measure, [], 2
+
+    def limited(task, batch):
+        seen.append(len(batch.rgb))
+        if len(batch.rgb) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return measure(task, batch)
+
+    monkeypatch.setattr(ColorTask, "measure", limited)
+    recorder = Recorder()
+    (entry,) = train(photos, config, recorder).history
+    said = [line for line in recorder.lines if "out of memory" in line]
+    assert said == ["out of memory with 3 crops of 64 pixels at once in validation: goes on with 1"]
+    assert seen == [3, 1, 1, 1]
+    for name in ("loss", "val_loss", "val_psnr", "val_colorfulness"):
+        assert entry[name] == pytest.approx(whole[0][name], rel=1e-5)
+    grids = [pyvips.Image.new_from_file(str(tmp_path / x / "samples/epoch_0001.png")) for x in ("whole", "run")]
+    assert grids[0].height == grids[1].height and (grids[0] - grids[1]).abs().max() <= 1
+    most, config = 0, replace(config, out=str(tmp_path / "none"))
+    with pytest.raises(TrainingError, match="out of memory with 1 crops of 64 .* --resume where there is more memory"):
+        train(photos, config)
+    monkeypatch.undo()
+    assert train(photos, replace(config, resume=True)).history[0]["val_loss"] == whole[0]["val_loss"]
+
+
 def test_dry_run_writes_nothing(photos, tmp_path):
     recorder = Recorder()
     (photos / "broken.jpg").write_text("no image")
@@ -487,6 +553,26 @@ def test_dry_run_writes_nothing(photos, tmp_path):
     assert "left out: 1 unreadable" in text and "steps: 3 an epoch, 9 in all" in text
     assert re.search(r"memory: about \d+ MB on cpu: .* 4 crops of 64 pixels at once \d+ MB \(\d+ MB each\)", text)
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_where_there_is_a_run(photos, tmp_path):
+    config, recorder = replace(TINY, out=str(tmp_path / "run")), Recorder()
+    dry_run(photos, replace(config, resume="yes"), recorder)
+    assert "holds no run: --resume alone is refused" in recorder.lines[-1] and not (tmp_path / "run").exists()
+    train(photos, config, Recorder(stop_after=5))
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    for change, message in (
+        ({}, "a run, 1 epochs and 2 steps of the next one done: without --resume a start is refused and nothing is"),
+        ({"skip": True}, "a run, 1 epochs and 2 steps"),
+        ({"resume": "auto"}, "holds a run: it would go on with epoch 2, step 3"),
+        ({"resume": "yes", "epochs": 1}, "holds a run: all its epochs are done"),
+    ):
+        recorder = Recorder()
+        dry_run(photos, replace(config, **change), recorder)
+        assert message in recorder.lines[-1] and any("memory: about" in line for line in recorder.lines)
+    with pytest.raises(TrainingError, match="cannot resume with other options: skip"):
+        dry_run(photos, replace(config, resume="auto", skip=True), Recorder())
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
 
 
 def test_three_photos_are_enough_and_grey_ones_are_not(photos, tmp_path):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -22,6 +26,8 @@ from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_
 from fastcolor.imaging.files import Picture, read_picture, write_picture
 from fastcolor.video.errors import VideoError
 from fastcolor.video.film import QUEUE, FilmOptions, colorize_film
+from fastcolor.video.reader import Reader
+from fastcolor.video.segments import fingerprint
 
 FFV1 = {"codec": "ffv1", "segment": 0.5}
 
@@ -173,10 +179,35 @@ def test_memory_is_bounded_by_the_queues(tmp_path):
 def test_stats(tmp_path):
     clip = make_clip(tmp_path / "in.mkv")
     stats = json.loads(json.dumps(run(clip, tmp_path / "out.mkv", **FFV1).stats))
-    assert stats["frames"] == 30 and stats["resumed"] == 0 and stats["peak_memory_bytes"] > 1e6
+    assert stats["frames"] == 30 and stats["resumed"] == 0 and stats["last_run"]["peak_memory_bytes"] > 1e6
     assert set(stats["fps_by_stage"]) == {"read", "colour", "write"} and min(stats["fps_by_stage"].values()) > 0
     assert set(stats["guessed"]) == {"matrix", "transfer", "range"}
     assert stats["encoder"]["codec"] == "ffv1" and stats["encoder"]["pixels"] == "yuv420p"
+
+
+def test_stats_count_all_runs(tmp_path):
+    """Each frame once: not those of the segment that is made anew."""
+
+    class Seeing(StopAt):
+        def __init__(self, yuv, at):
+            super().__init__(yuv, at, fail)
+            self.stats = SimpleNamespace(network=0, cuts=0, seconds={"field": 0.0})
+
+        def push(self, luma):
+            self.stats.network += 1
+            self.stats.seconds["field"] += 1.0
+            return super().push(luma)
+
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(60)), tmp_path / "out.mkv"
+    for at in (20, 45):
+        with pytest.raises(RuntimeError, match="burnt"):
+            run(clip, out, make=lambda yuv, at=at: Seeing(yuv, at), resume=at > 20, **FFV1)
+    stats = json.loads(json.dumps(run(clip, out, make=lambda yuv: Seeing(yuv, -1), resume=True, **FFV1).stats))
+    assert (stats["frames"], stats["network_runs"], stats["runs"]) == (60, 60, 3)
+    assert stats["colour_seconds_by_step"] == {"field": 60.0}
+    assert stats["resumed"] == 36 and stats["last_run"]["frames"] == 24
+    assert stats["seconds"] > stats["last_run"]["seconds"] and set(stats["fps_by_stage"]) == {"read", "colour", "write"}
+    assert stats["fps"] == pytest.approx(60 / stats["seconds"], rel=1e-2)
 
 
 @pytest.mark.parametrize("transfer", [1, 16, 18])
@@ -255,6 +286,26 @@ def test_stopped_before_the_first_frame(tmp_path):
     summary = run(make_clip(tmp_path / "in.mkv"), tmp_path / "out.mkv", stop=stop, **FFV1)
     assert summary.stopped and summary.frames == 0
     assert [p.name for p in tmp_path.iterdir()] == ["in.mkv"]
+
+
+def test_joining_is_watched_and_can_be_broken_off(tmp_path):
+    clip, out, seen = make_clip(tmp_path / "in.mkv", times=steady(60), audio="flac"), tmp_path / "out.mkv", []
+    run(clip, tmp_path / "whole.mkv", **FFV1)
+
+    def watch(status):
+        if status.joined is not None:
+            seen.append((status.joined, status.written))
+            if status.joined == 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(clip, out, watch=watch, **FFV1)
+    assert seen[0] == (0, 60) and sorted(set(seen)) == [(i, 60) for i in range(21)] and not out.exists()
+    assert not list((tmp_path / "out.mkv.parts").glob("joined*"))
+    again = []
+    assert run(clip, out, resume=True, watch=lambda status: again.append(status.joined), **FFV1).resumed == 60
+    assert again[-1] == 60 and frame_hashes(out) == frame_hashes(tmp_path / "whole.mkv")
+    assert packets_of(out, "audio") == packets_of(clip, "audio")
 
 
 def test_killed_film_loses_no_finished_segment(tmp_path):
@@ -484,6 +535,56 @@ def test_truncated_film(tmp_path, suffix):
         assert "is cut off: ends at" in run(clip, tmp_path / "images/%d.png").broken_off
 
 
+class Failing:
+    """A container that cannot be read any further after some packets."""
+
+    def __init__(self, container, packets):
+        self.container, self.packets = container, packets
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def demux(self, *streams):
+        yield from islice(self.container.demux(*streams), self.packets)
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+
+def test_failed_reading_keeps_finished_segments(tmp_path, monkeypatch):
+    """What is there plays, and a later run goes on: the disk failed, not the film."""
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(96), audio="flac"), tmp_path / "out.mkv"
+    run(clip, tmp_path / "whole.mkv", **FFV1)
+    whole, opened = frame_hashes(tmp_path / "whole.mkv"), Reader._open
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "_open", lambda reader: Failing(opened(reader), 53))
+        summary = run(clip, out, **FFV1)
+    assert summary.broken_off.endswith("in.mkv: ends at 0:00:02.2: reading failed there: Input/output error")
+    assert not summary.stopped and frame_hashes(out) == whole[: summary.frames] and summary.frames == 53
+    again = run(clip, out, resume=True, **FFV1)
+    assert (again.resumed, again.frames, again.broken_off) == (48, 96, None)
+    assert frame_hashes(out) == whole and packets_of(out, "audio") == packets_of(clip, "audio")
+    assert not (tmp_path / "out.mkv.parts").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc")
+def test_end_of_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(VideoError, match=r"mem: cannot be read to its end \(Input/output error\)"):
+        fingerprint("/proc/self/mem")  # its first page never is
+
+
+def test_failed_reading_of_sound_loses_nothing(tmp_path, monkeypatch):
+    clip, out = make_clip(tmp_path / "in.mkv", audio="flac"), tmp_path / "out.mkv"
+
+    def failing(copier, packet):
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(VideoError, match="other streams failed .*--resume joins them"):
+        patch.setattr("fastcolor.video.writer.Copier.copy", failing)
+        run(clip, out, **FFV1)
+    assert not out.exists()
+    assert run(clip, out, resume=True, **FFV1).resumed == 30
+    assert packets_of(out, "audio") == packets_of(clip, "audio")
+
+
 def test_film_whose_sound_goes_on_is_whole(tmp_path):
     """Also where the sound is left out, so that nothing is read as long as the header says."""
     clip = make_clip(tmp_path / "in.mkv", times=steady(30), audio="pcm_s16le", sound_longer=5.0)
@@ -657,6 +758,45 @@ def test_sample_aspect_that_cannot_be_kept_is_said(tmp_path):
     assert run(clip, tmp_path / "out.mov", codec="prores_ks").notes == []
     with av.open(str(tmp_path / "out.mov")) as film:
         assert film.streams.video[0].sample_aspect_ratio == Fraction(16, 15)
+
+
+def test_film_that_turns_interlaced(tmp_path):
+    """Titles before it are not: it ends there, and goes on with one of the options."""
+    both, out = tmp_path / "in.ts", tmp_path / "out.mkv"
+    pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=(64, 64), audio=None, interlaced=i == 1,
+                        times=steady(72)[36 * i : 36 * i + 36]) for i in range(2)]  # fmt: skip
+    both.write_bytes(b"".join(p.read_bytes() for p in pieces))
+    with pytest.raises(VideoError, match="is interlaced; --deinterlace makes frames"):
+        run(both, out, start=2.0, **FFV1)
+    for _ in range(2):  # going on without an answer changes nothing
+        summary = run(both, out, resume=out.exists(), **FFV1)
+        assert summary.broken_off.endswith(
+            "in.ts: ends at 0:00:01.5: is interlaced from there on; --deinterlace makes frames of its fields, "
+            "--no-deinterlace takes the frames as they are"
+        )
+        assert summary.frames == len(luma_planes(out)) == 36 and not summary.stopped
+    shutil.copytree(tmp_path / "out.mkv.parts", tmp_path / "woven.mkv.parts")
+    kept = run(both, out, resume=True, deinterlace=False, **FFV1)
+    woven = run(both, tmp_path / "woven.mkv", resume=True, deinterlace=True, **FFV1)
+    assert kept.broken_off is None and woven.broken_off is None and kept.resumed == woven.resumed == 24
+    before, as_is, made = (luma_planes(p) for p in (both, out, tmp_path / "woven.mkv"))
+    assert len(as_is) == len(made) == len(before) == 72
+    same = [[bool((a == b).all()) for (_, a), (_, b) in zip(before, x, strict=True)] for x in (as_is, made)]
+    assert all(same[0]) and same[1] == [i < 24 for i in range(72)]
+
+
+def test_long_film_that_turns_interlaced_is_refused_before_the_work(tmp_path):
+    """Where it is looked into; a part that ends before is coloured."""
+    both = tmp_path / "in.ts"
+    pieces = [make_clip(tmp_path / f"{i}.ts", codec="mpeg2video", size=(32, 32), audio=None, interlaced=i == 1,
+                        times=steady(1200)[480 * i : 480 + 720 * i]) for i in range(2)]  # fmt: skip
+    both.write_bytes(b"".join(p.read_bytes() for p in pieces))
+    with Reader(str(both), end=20.0) as reader:
+        assert reader.info.frames == 480
+    with pytest.raises(VideoError, match=r"is interlaced at 0:00:2\d\.\d, though not in its first frame; --dei"):
+        Reader(str(both))
+    for answer in (True, False):
+        Reader(str(both), deinterlace=answer).close()
 
 
 def test_interlaced(tmp_path):
