@@ -1,7 +1,7 @@
 """What each choice of the model is worth: one change at a time, trained from scratch at an equal budget, several seeds.
 
 `python -m benchmarks.ablation PHOTOS [--out runs/ablation] [--epochs 4] [--size 96] [--seeds 2] [--only base,skip]
-[--shares 0.125,0.25,0.5,1] [--json FILE]`
+[--shares 0.125,0.25,0.5,1] [--json FILE] [--plot FILE]`
 
 PHOTOS has train/ and val/ inside. Runs that are there already are taken as they are, so a stopped comparison goes on.
 PSNR is compared at equal colourfulness, along the curve over vividness: a greyer picture always has a better PSNR.
@@ -123,6 +123,27 @@ def show(rows: list[dict]) -> None:
         Console(width=160).print(table)
 
 
+def plot(path: Path, rows: list[dict]) -> None:
+    """PSNR above grey over colourfulness, read without the field: a line for each variant and seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
+    for number, row in enumerate(r for r in rows if not r["field"]):
+        for seed, curve in enumerate(row["curves"]):
+            points = sorted((p["colorfulness_ratio"], p["psnr_gain"]) for p in curve)
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) > 1 else "*", color=f"C{number}",
+                      alpha=1 - 0.5 * bool(seed), label=None if seed else row["name"])  # fmt: skip
+    axis.axhline(0, color="grey", linestyle=":", label="grey (ab = 0)")
+    axis.set_xlabel("colourfulness, share of the truth's")
+    axis.set_ylabel("PSNR above grey, dB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("photos", type=Path)
@@ -134,6 +155,7 @@ def main() -> None:
     parser.add_argument("--shares", default="", help="of the training photos, by comma: the curve over data instead")
     parser.add_argument("--threads", type=int, default=timing.threads())
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draws the curves (Matplotlib)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = TrainConfig(
@@ -167,6 +189,8 @@ def main() -> None:
         record["training"] = {k: v for k, v in record["training"].items() if k not in ("out", "device", "resume")}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**record, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    if options.plot:
+        plot(options.plot, rows)
 
 
 if __name__ == "__main__":
