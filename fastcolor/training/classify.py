@@ -34,7 +34,7 @@ class ClassTask(nn.Module):
     """Crops to the cross-entropy of their classes."""
 
     file = "backbone.safetensors"
-    field = bins = prior = None  # nothing of a colour run
+    field = bins = prior = teachers = None  # nothing of a colour run
 
     def __init__(self, config: TrainConfig, classes: tuple[str, ...]):
         super().__init__()

@@ -22,6 +22,7 @@ from fastcolor.training.classify import accuracy, compiled
 from fastcolor.training.config import TrainConfig, autocast
 from fastcolor.training.data import Batch
 from fastcolor.training.degrade import degrade
+from fastcolor.training.teachers import Teachers, soft_cross_entropy
 
 _TEMPERATURE = 0.38
 
@@ -53,6 +54,7 @@ class ColorTask(nn.Module):
         self.bins = bins if config.head == "distribution" else None
         self.prior: Tensor | None = None  # [K] float64
         self.weights: Tensor | None = None  # [K], of rebalancing
+        self.teachers: Teachers | None = None  # of the training alone: `loss` knows nothing of them
         self._features, self._whole = None, None  # compiled, where that is wanted
 
     def start(self, config: TrainConfig) -> str:
@@ -98,12 +100,17 @@ class ColorTask(nn.Module):
 
     def compile(self, sizes: set[int]) -> None:
         """From now on the network learns through torch.compile from batches of these sizes."""
-        if self.bins is None or self.field is not None:
+        if self._wants_output:
             self._whole = compiled(self.network.forward_with_classes, sizes)
         else:
             self._features = compiled(self.network.features_with_classes, sizes)
 
     # --- loss ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _wants_output(self) -> bool:
+        """Whether training needs the network's whole output at once."""
+        return self.bins is None or self.field is not None or self.teachers is not None
 
     def forward(self, rgb: Tensor, seeds: Tensor, labels: Tensor) -> Tensor:
         """The training loss. Where nothing else wants the logits, they never exist all at once.
@@ -114,7 +121,9 @@ class ColorTask(nn.Module):
         Returns:
             a scalar, the mean over the images.
         """
-        if self.bins is None or self.field is not None:
+        if self.teachers is not None:
+            return self._taught(rgb, seeds, labels)
+        if self._wants_output:
             return self.loss(rgb, seeds, labels)[0]
         L, ab = self._seen(rgb, seeds)
         with autocast(self.config.precision, L.device):
@@ -127,6 +136,19 @@ class ColorTask(nn.Module):
         self, rgb: Tensor, seeds: Tensor | None = None, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The loss of crops, the network's output (with a field, the logarithm of its marginals), and class scores."""
+        loss, output, scores = self._colors(rgb, seeds)
+        return self._with_scene(loss, scores, labels), output, scores
+
+    def _taught(self, rgb: Tensor, seeds: Tensor, labels: Tensor) -> Tensor:
+        """The training loss with teachers, who see the crop as it is, whatever the film does to it."""
+        target = self.teachers(self._seen(rgb, None)[0])  # before the network's own activations need memory
+        loss, output, scores = self._colors(rgb, seeds)
+        share = self.config.teach
+        loss = (1 - share) * loss + share * soft_cross_entropy(output, target, self.bins)
+        return self._with_scene(loss, scores, labels)
+
+    def _colors(self, rgb: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `loss`, without the scenes in it."""
         L, ab = self._seen(rgb, seeds)
         with autocast(self.config.precision, L.device):
             output, scores = (self._whole or self.network.forward_with_classes)(L)
@@ -137,7 +159,7 @@ class ColorTask(nn.Module):
             if self.field is not None:
                 output = log_marginals(self.field(output.float(), pool_to(L, self.network.stride)))
             loss = color_cross_entropy(output, ab, bins=self.bins, weights=self.weights)
-        return self._with_scene(loss, scores, labels), output, scores
+        return loss, output, scores
 
     def _seen(self, rgb: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
         """L as the network gets it, degraded in training, and the ab to be learned, which no film touches."""

@@ -98,6 +98,10 @@ class TrainConfig:
         _LEARNING,
     )
     field_rate: float = _option(10.0, "learning rate of the field's parameters, as a multiple of --lr", _LEARNING)
+    teachers: str = _option(
+        "", "colour models of the same bins to learn from beside the photos, with commas between the files", _LEARNING
+    )
+    teach: float = _option(0.5, "the teachers' share of the loss, in [0, 1] (Hinton et al. 2015)", _LEARNING)
 
     precision: str = _option(
         "fp32", "fp32, bf16 (faster where the processor has it) or fp16 (with scaled gradients)", _MACHINE
@@ -125,6 +129,10 @@ class TrainConfig:
     @property
     def film(self) -> Film:
         return Film(self.degrade, *(getattr(self, f.name) for f in fields(Film) if f.name != "share"))
+
+    @property
+    def teacher_files(self) -> list[str]:
+        return [name.strip() for name in self.teachers.split(",")] if self.teachers else []
 
     def check(self) -> None:
         """Raises ConfigError for the first field that is of another type or out of range."""
@@ -155,11 +163,18 @@ class TrainConfig:
             raise ConfigError("out must be the name of a folder, got ''")
         if self.mrf_sweeps and self.head != "distribution":
             raise ConfigError(f"mrf_sweeps needs head distribution, got {self.head}: a field has labels to agree on")
+        if self.teachers:
+            if not all(self.teacher_files):
+                raise ConfigError(f"teachers must be files with commas between them, got {self.teachers!r}")
+            # a teacher says what a network alone should: through a field that would be another target
+            for name, wanted in (("task", "color"), ("head", "distribution"), ("mrf_sweeps", 0)):
+                if getattr(self, name) != wanted:
+                    raise ConfigError(f"teachers need {name} {wanted}, got {getattr(self, name)}")
         if self.task == "classify" and self.classes == "none":
             raise ConfigError("classes must be auto or folders for task classify, got 'none'")
         if self.lr <= 0:
             raise ConfigError(f"lr must be positive, got {self.lr}")
-        for name in ("rebalance", "degrade", *(f.name for f in fields(Film) if f.name != "share")):
+        for name in ("rebalance", "teach", "degrade", *(f.name for f in fields(Film) if f.name != "share")):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if not 0 < self.crop <= 1:

@@ -141,6 +141,8 @@ def _tell_start(run: Run, data: str) -> None:
             f"{len(photos.classes)} classes by folder ({names}): scene loss × {run.config.class_weight:.3g} beside "
             "that of the colours; --classes none leaves it out"
         )
+    if run.teachers:
+        reporter.say(f"teachers: {', '.join(run.teachers)}; their share of the loss is {run.config.teach:g}")
     remove_halves(run.out)
     write_json(run.out / CONFIG, {"data": data, **asdict(run.config), "resume": "no"})
     facts = {
@@ -153,6 +155,7 @@ def _tell_start(run: Run, data: str) -> None:
         "val": len(photos.val),
         "classes": len(photos.classes),
         "left_out": run.problems.counts(),
+        "teachers": run.teachers,
         "epoch": run.progress.epoch,
         "step": run.progress.step,
     }

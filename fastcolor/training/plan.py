@@ -29,10 +29,13 @@ def dry_run(data: str | Path, config: TrainConfig, reporter: Reporter) -> None:
     run.task.train()
     need = memory.step_need(run.task, config.size, run.device)
     weights = memory.weights_bytes(run.task, 4 + (run.average is not None))
+    # the teachers' weights are there already, and no part of what is free
+    taught = run.task.teachers.bytes if run.teachers else 0
     images = -(-config.batch_size // config.accumulate)
-    total, free = weights + need.of(images), memory.free_bytes(run.device)
+    total, free = weights + taught + need.of(images), memory.free_bytes(run.device)
     say(
         f"memory: about {_megabytes(total)} on {run.device}: weights, gradients and averages {_megabytes(weights)}, "
+        f"{f'teachers {_megabytes(taught)}, ' if taught else ''}"
         f"{images} crops of {config.size} pixels at once {_megabytes(need.of(images))} ({_megabytes(need.image)} each)"
     )
     if free is not None:

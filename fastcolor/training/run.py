@@ -48,6 +48,7 @@ from fastcolor.training.state import (
     read_state,
     write_state,
 )
+from fastcolor.training.teachers import Teachers
 
 _SAMPLES = 6  # pictures in the grid of each epoch
 _PRIOR_IMAGES = 4000  # how many training images at most the label statistics are taken from
@@ -88,6 +89,8 @@ class Run:
             self.reporter.say(said)
         self.task.to(self.device)
         self.task.network.to(memory_format=torch.channels_last)
+        if config.teachers:
+            self.task.teachers = Teachers(config.teacher_files, self.bins, config.precision, self.device)
         self.progress = Progress()
         state = team.share(self._read_state) if self.resumed else None
         if state is not None:
@@ -148,6 +151,11 @@ class Run:
     @property
     def bins(self):
         return self.task.bins
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """The files of the teachers, with hashes of what is in them."""
+        return {} if self.task.teachers is None else self.task.teachers.files
 
     @property
     def judged(self) -> torch.nn.Module:
@@ -467,6 +475,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "prior": self.task.prior,
+                "teachers": self.teachers,
                 "progress": asdict(self.progress),
                 "random": torch.get_rng_state(),
             },
@@ -493,6 +502,12 @@ class Run:
             )
         if state["data"] != self.photos.fingerprint:
             raise TrainingError(f"{path}: cannot resume, the usable images in the data folder are not those of the run")
+        for file, found in self.teachers.items():
+            if found != state["teachers"][file]:
+                raise TrainingError(
+                    f"{path}: cannot resume, the teacher {file} is not the one of the run: its sha256 starts with "
+                    f"{found}, not {state['teachers'][file]}"
+                )
         return state
 
     def _take_over(self, state: dict) -> None:
@@ -517,7 +532,7 @@ class Run:
         """Writes the weights that are judged; the first process does it for all."""
         if not self.team.lead:
             return
-        left = ("out", "device", "resume", "init", "backbone", "workers", "save_every")
+        left = ("out", "device", "resume", "init", "backbone", "teachers", "workers", "save_every")
         notes = {
             "epochs": self.progress.epoch,
             "size": self.network_size,
