@@ -105,7 +105,7 @@ def evaluate(
     """  # fmt: skip
     import torch
 
-    from fastcolor._files import atomic_path
+    from fastcolor._files import atomic_path, is_special
     from fastcolor.cli.train import ProgressReporter
     from fastcolor.evaluation.compare import EvaluationError, load_models
     from fastcolor.evaluation.compare import evaluate as run
@@ -123,8 +123,9 @@ def evaluate(
     *weights, data = inputs
     levels = _levels(vividness)
     for name, path in (("--json", json_file), ("--html", html_file)):
-        if path is not None and path.is_dir():
-            _refuse(f"{name} {path}: is a folder, expected a file name")
+        if path is not None and (path.is_dir() or is_special(path)):
+            what = "a folder" if path.is_dir() else "no ordinary file"
+            _refuse(f"{name} {path}: is {what}, expected a file name")
     if data.suffix == ".safetensors":
         _refuse(f"{data}: weights; the photos or films come last: fastcolor eval [WEIGHTS]... DATA")
     photos = films = None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import av
@@ -154,6 +155,7 @@ def test_bad_options(weights, photos, arguments, words):
 
 
 def test_bad_paths(tmp_path, weights, photos):
+    os.mkfifo(tmp_path / "pipe")
     for arguments, words in (
         ((weights,), "the photos or films come last"),
         ((weights, tmp_path / "none.mp4"), "none.mp4: no such file or folder, expected photos or films"),
@@ -161,6 +163,7 @@ def test_bad_paths(tmp_path, weights, photos):
         ((tmp_path / "none.safetensors", photos), "none.safetensors: no such weights file"),
         ((weights, tmp_path), "no images in it"),
         ((weights, photos, "--json", tmp_path), "is a folder, expected a file name"),
+        ((weights, photos, "--html", tmp_path / "pipe"), "pipe: is no ordinary file, expected a file name"),
         ((weights, photos / "bad.jpg"), "bad.jpg: is a file, expected a folder of images"),
         ((weights, __file__), "test_eval.py: cannot be read as a film"),
     ):
