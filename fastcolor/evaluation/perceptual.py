@@ -205,7 +205,7 @@ class Fid:
 
     def add_truth(self, rgb: Tensor) -> None:
         """[3, H, W] uint8."""
-        self._truth.update(rgb[None], real=True)
+        self._truth.to(rgb.device).update(rgb[None], real=True)
 
     def add(self, way: object, rgb: Tensor) -> None:
         if way not in self._ways:
@@ -240,6 +240,7 @@ def find_inception() -> tuple[nn.Module, dict]:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        network.num_features = 2048  # else each metric asks it, with a picture on the CPU wherever the network is
     except (ImportError, OSError, RuntimeError, KeyError) as error:  # torch-fidelity imports torchvision
         raise _Missing(f"torch-fidelity cannot be used ({str(error).splitlines()[0]})") from error
     return network, {"network": "Inception v3 of FID, by torch-fidelity", "file": path.name}

@@ -148,7 +148,7 @@ def test_inception_is_that_of_the_file(hub, monkeypatch):
     file = hub / "pt_inception-2015-12-05-6726825d.pth"
     file.write_bytes(b"")
     found = find_perceptual()
-    assert isinstance(found.inception, Network) and given == [("inception-v3-compat", ["2048"], str(file))]
+    assert isinstance(found.inception, Network) and found.inception.num_features == 2048 and given == [("inception-v3-compat", ["2048"], str(file))]
     assert found.about["fid"]["file"] == file.name and set(found.missing) == {"lpips"}
     missing = find_perceptual().missing["fid"]
     assert missing == "not computed: torch-fidelity cannot be used (Error(s) in loading)"
@@ -179,6 +179,10 @@ def test_fid_of_two_sets():
         root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()
         expected = ((means[0].mean(0) - found.mean(0)) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * root
         assert fid.value(way) == pytest.approx(expected, rel=1e-4)
+    # sums go where the pictures are; a meta device holds no numbers, and mixes with no other
+    far = Fid(Means())
+    for add in (far.add_truth, lambda rgb: far.add("a", rgb)):
+        add(torch.from_numpy(sets[0][0]).to("meta"))
     one = Fid(Means())
     one.add_truth(torch.from_numpy(sets[0][0]))
     one.add("a", torch.from_numpy(sets[1][0]))
