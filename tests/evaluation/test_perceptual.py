@@ -179,10 +179,11 @@ def test_fid_of_two_sets():
         root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()
         expected = ((means[0].mean(0) - found.mean(0)) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * root
         assert fid.value(way) == pytest.approx(expected, rel=1e-4)
-    # sums go where the pictures are; a meta device holds no numbers, and mixes with no other
-    far = Fid(Means())
-    for add in (far.add_truth, lambda rgb: far.add("a", rgb)):
-        add(torch.from_numpy(sets[0][0]).to("meta"))
+    far, picture = Fid(Means()), torch.from_numpy(sets[0][0]).to("meta")
+    far.add_truth(picture)
+    far.add("a", picture)
+    # sums of one device take nothing of another
+    assert far._truth.real_features_sum.device == far._ways["a"].fake_features_sum.device == picture.device
     one = Fid(Means())
     one.add_truth(torch.from_numpy(sets[0][0]))
     one.add("a", torch.from_numpy(sets[1][0]))
