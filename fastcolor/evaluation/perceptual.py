@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastcolor.model.checkpoint import why_not_loaded
+
 ALEXNET = "alexnet-owt-*.pth"  # torchvision's names of the file: alexnet-owt-7be5be79.pth and an older one
 INCEPTION = "*inception-2015-12-05*.pth"  # torch-fidelity's name, and pytorch-fid's of the same weights
 _LINEAR = {"torchmetrics": "functional/image/lpips_models/alex.pth", "lpips": "weights/v0.1/alex.pth"}
@@ -140,7 +142,7 @@ def _state(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise WeightsError(f"cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever unpickling finds wrong, of any type
-        raise WeightsError(f"not a file of weights ({str(error).splitlines()[0]})") from error
+        raise WeightsError(f"not a file of weights ({why_not_loaded(error)})") from error
     if not isinstance(state, dict):
         raise WeightsError(f"expected a state dict, got {type(state).__name__}")
     return state
