@@ -148,7 +148,8 @@ def test_inception_is_that_of_the_file(hub, monkeypatch):
     file = hub / "pt_inception-2015-12-05-6726825d.pth"
     file.write_bytes(b"")
     found = find_perceptual()
-    assert isinstance(found.inception, Network) and found.inception.num_features == 2048 and given == [("inception-v3-compat", ["2048"], str(file))]
+    assert isinstance(found.inception, Network) and found.inception.num_features == 2048
+    assert given == [("inception-v3-compat", ["2048"], str(file))]
     assert found.about["fid"]["file"] == file.name and set(found.missing) == {"lpips"}
     missing = find_perceptual().missing["fid"]
     assert missing == "not computed: torch-fidelity cannot be used (Error(s) in loading)"
