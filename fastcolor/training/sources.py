@@ -378,6 +378,8 @@ def _shards(
     """The index of each shard: those that are there already, then those that are written now."""
     number = consumed = 0
     while (index := folder / f"{number:05d}.npz").exists():
+        if not (data := index.with_suffix(".bin")).exists():
+            raise PackError(f"{data}: missing from the pack; remove {folder.parent}, and pack again")
         shard = dict(np.load(index))
         for _ in range(int(shard["consumed"]) - consumed):
             advance()
@@ -460,7 +462,8 @@ def list_pack(folder: Path) -> dict[str, list[Path]]:
         while consumed < head["photos"][split]:
             data, index = (folder / split / f"{number:05d}.{suffix}" for suffix in ("bin", "npz"))
             if not (data.exists() and index.exists()):
-                raise PackError(f"{data if index.exists() else index}: missing from the pack")
+                lost = data if index.exists() else index
+                raise PackError(f"{lost}: missing from the pack; remove {folder}, and pack again")
             shard = np.load(index)
             grey = shard["grey"] if "grey" in shard else np.zeros(len(shard["names"]), bool)
             photos += [

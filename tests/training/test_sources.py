@@ -210,6 +210,15 @@ def test_a_pack_of_before_goes_on_without_colourless_pictures(photos, tmp_path):
     assert len(packed) == 12 and check_headers(packed, Problems()) == packed
 
 
+def test_a_pack_with_a_shard_missing_is_not_called_whole(photos, tmp_path):
+    files, out = find_images(photos), tmp_path / "out"
+    pack({"all": files}, photos, out, 40)
+    (out / "all" / "00000.bin").unlink()
+    for again in (lambda: list_pack(out), lambda: pack({"all": files}, photos, out, 40)):
+        with pytest.raises(PackError, match="00000.bin: missing from the pack"):
+            again()
+
+
 def test_two_do_not_pack_into_one_folder(photos, tmp_path):
     files, inside = find_images(photos), []
 
