@@ -148,6 +148,8 @@ def evaluate(
                     if not has_films:
                         raise
                     reporter.say(f"no photos: {error}")
+            elif lpips is not None:
+                reporter.say("--lpips: is not used, LPIPS is a figure of photos, and there are none")
             if has_films:
                 options = VideoOptions() if temporal is None else VideoOptions(temporal=temporal)
                 try:
@@ -181,7 +183,7 @@ def evaluate(
         except torch.OutOfMemoryError as error:
             reporter.progress.stop()
             what = str(error).splitlines()[0]
-            _refuse(f"{what}; try --batch-size {max(1, batch_size // 2)}, or --side to shrink large pictures", 1)
+            _refuse(f"{what}; try --side to shrink what is large, or of photos --batch-size {batch_size // 2 or 1}", 1)
         except KeyboardInterrupt:
             reporter.progress.stop()
             typer.echo("stopped: nothing was written", err=True)

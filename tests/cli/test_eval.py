@@ -86,6 +86,7 @@ def test_films(tmp_path, weights):
     result = run(weights, film(tmp_path / "a.mkv"), "--vividness", "0,0.5", "--json", tmp_path / "a.json", "--html",
                  tmp_path / "a.html", "--temporal", "0.5")  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "--lpips" not in result.output
     assert "a.mkv: 6 frames, 0.2 s, 56×32" in result.output and "AuC" not in result.output
     record = json.loads((tmp_path / "a.json").read_text())
     assert set(record) == {"films"} and record["films"]["protocol"]["video_options"]["temporal"] == 0.5
@@ -95,6 +96,8 @@ def test_films(tmp_path, weights):
         assert r["name"] in result.output and f"{r['flicker']:.3f}" in result.output
         assert f"{r['cdc']:.2e}" in result.output and f"{r['cdc_ratio']:.2f}" in result.output
     assert (tmp_path / "a.html").read_text().count("<img") == 3 * 4 + 3
+    result = run(weights, tmp_path / "a.mkv", "--vividness", "0", "--lpips", weights)
+    assert result.exit_code == 0 and "--lpips: is not used" in result.output
 
 
 def test_photos_and_films(tmp_path, weights, photos):
