@@ -17,13 +17,23 @@ _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
 
+def is_special(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder: /dev/null, /dev/stdout, a pipe."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Gives a temporary name in the folder of `path`; renames it to `path` at the end, or removes it on any error.
 
     The suffix stays, since writers choose the format by it. The folder is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written, or the path is that of a device or a pipe.
     """
     path = Path(path)
+    if is_special(path):
+        raise OSError(f"{path}: is no ordinary file, and is not replaced by one")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)

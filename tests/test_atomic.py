@@ -32,6 +32,14 @@ def test_a_failure_leaves_the_old_file(tmp_path, error):
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_pipe_is_not_replaced(tmp_path):
+    """Nor a device: as root a file would take the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe: is no ordinary file"), atomic_path(tmp_path / "pipe"):
+        pass
+    assert os.listdir(tmp_path) == ["pipe"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 HOLDER = """
 import os, sys, time
 from fastcolor._files import FolderLock

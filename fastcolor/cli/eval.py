@@ -105,7 +105,7 @@ def evaluate(
     """  # fmt: skip
     import torch
 
-    from fastcolor._files import atomic_path
+    from fastcolor._files import atomic_path, is_special
     from fastcolor.cli.train import ProgressReporter
     from fastcolor.evaluation.compare import EvaluationError, load_models
     from fastcolor.evaluation.compare import evaluate as run
@@ -123,8 +123,9 @@ def evaluate(
     *weights, data = inputs
     levels = _levels(vividness)
     for name, path in (("--json", json_file), ("--html", html_file)):
-        if path is not None and path.is_dir():
-            _refuse(f"{name} {path}: is a folder, expected a file name")
+        if path is not None and (path.is_dir() or is_special(path)):
+            what = "a folder" if path.is_dir() else "no ordinary file"
+            _refuse(f"{name} {path}: is {what}, expected a file name")
     if data.suffix == ".safetensors":
         _refuse(f"{data}: weights; the photos or films come last: fastcolor eval [WEIGHTS]... DATA")
     photos = films = None
@@ -147,6 +148,8 @@ def evaluate(
                     if not has_films:
                         raise
                     reporter.say(f"no photos: {error}")
+            elif lpips is not None:
+                reporter.say("--lpips: is not used, LPIPS is a figure of photos, and there are none")
             if has_films:
                 options = VideoOptions() if temporal is None else VideoOptions(temporal=temporal)
                 try:
@@ -180,7 +183,7 @@ def evaluate(
         except torch.OutOfMemoryError as error:
             reporter.progress.stop()
             what = str(error).splitlines()[0]
-            _refuse(f"{what}; try --batch-size {max(1, batch_size // 2)}, or --side to shrink large pictures", 1)
+            _refuse(f"{what}; try --side to shrink what is large, or of photos --batch-size {batch_size // 2 or 1}", 1)
         except KeyboardInterrupt:
             reporter.progress.stop()
             typer.echo("stopped: nothing was written", err=True)

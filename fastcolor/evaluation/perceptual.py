@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastcolor.model.checkpoint import why_not_loaded
+
 ALEXNET = "alexnet-owt-*.pth"  # torchvision's names of the file: alexnet-owt-7be5be79.pth and an older one
 INCEPTION = "*inception-2015-12-05*.pth"  # torch-fidelity's name, and pytorch-fid's of the same weights
 _LINEAR = {"torchmetrics": "functional/image/lpips_models/alex.pth", "lpips": "weights/v0.1/alex.pth"}
@@ -140,7 +142,7 @@ def _state(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise WeightsError(f"cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever unpickling finds wrong, of any type
-        raise WeightsError(f"not a file of weights ({str(error).splitlines()[0]})") from error
+        raise WeightsError(f"not a file of weights ({why_not_loaded(error)})") from error
     if not isinstance(state, dict):
         raise WeightsError(f"expected a state dict, got {type(state).__name__}")
     return state
@@ -205,7 +207,7 @@ class Fid:
 
     def add_truth(self, rgb: Tensor) -> None:
         """[3, H, W] uint8."""
-        self._truth.update(rgb[None], real=True)
+        self._truth.to(rgb.device).update(rgb[None], real=True)
 
     def add(self, way: object, rgb: Tensor) -> None:
         if way not in self._ways:
@@ -240,6 +242,7 @@ def find_inception() -> tuple[nn.Module, dict]:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        network.num_features = 2048  # else each metric asks it, with a picture on the CPU wherever the network is
     except (ImportError, OSError, RuntimeError, KeyError) as error:  # torch-fidelity imports torchvision
         raise _Missing(f"torch-fidelity cannot be used ({str(error).splitlines()[0]})") from error
     return network, {"network": "Inception v3 of FID, by torch-fidelity", "file": path.name}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcolor._files import atomic_path
-from fastcolor.model.checkpoint import CheckpointError
+from fastcolor.model.checkpoint import CheckpointError, why_not_loaded
 from fastcolor.model.resnet import ResNet18Gray
 
 _KEY = "fastcolor_backbone"
@@ -61,8 +61,7 @@ def load_backbone(path: str | Path) -> Backbone:
             state = state.get("state_dict", state) if isinstance(state, dict) else state
         backbone = Backbone(dict(state), tuple(header.get("classes", ())), header.get("notes", {}))
     except Exception as error:  # torch.load raises many kinds on a broken file
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not readable weights ({why})") from error
+        raise CheckpointError(f"{path}: not readable weights ({why_not_loaded(error)})") from error
     if not backbone.state or not all(isinstance(v, Tensor) for v in backbone.state.values()):
         raise CheckpointError(f"{path}: not the weights of a network, but something else")
     inner = {n.removeprefix(_PREFIX): v for n, v in backbone.state.items() if n.startswith(_PREFIX)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,14 @@ class Checkpoint:
     prior: Tensor | None = None  # [K] float64, sums to the number of label axes
     notes: dict = field(default_factory=dict)
     mrf: dict = field(default_factory=dict)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Of what torch.load raises with `weights_only`, of any type: a line. Its own words for a file that it does not
+    know advise to run the code in it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "torch.save did not write it, or it holds more than tensors and plain values"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:

@@ -292,6 +292,7 @@ class Run:
             if len(pieces) < len(counts):
                 if self.team.world > 1:  # the others wait for this step's gradient: leaving quietly would hang them
                     raise TrainingError(f"process {self.team.rank} was stopped while it read; --resume auto goes on")
+                progress.loss_sum = self._sum.item()  # on a GPU the last look may be some steps ago
                 return False
             self._step(pieces, counts)
             waits = self.device.type != "cpu" and progress.step % _LOOK_EVERY and progress.step < batches.steps

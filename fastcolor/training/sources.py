@@ -38,6 +38,7 @@ _INSIDE = re.compile(r"(?P<file>.*?\.(?:tar|bin))!(?P<place>[0-9:]+)!(?P<name>.*
 _BATCH = 64  # photos that are decoded together
 _INDEXED = 100  # images that make it worth keeping the list of a tar file
 _INDEX_VERSION = 1
+_BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what NumPy finds in a broken .npz
 _SPLITS = ("train", "val", "all")
 GREY = "greyscale: no colour to learn from"
 _GREY_LEVELS = 3  # largest difference between channels, of 255, in a picture that counts as grey
@@ -265,7 +266,7 @@ def _kept_members(index: Path | None, identity: list[int]) -> _Members | None:
                 return None
             names = kept["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
             return list(zip(kept["starts"].tolist(), kept["sizes"].tolist(), names, strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except _BROKEN:
         return None
 
 
@@ -377,8 +378,8 @@ def _shards(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The index of each shard: those that are there already, then those that are written now."""
     number = consumed = 0
-    while (index := folder / f"{number:05d}.npz").exists():
-        shard = dict(np.load(index))
+    while (folder / f"{number:05d}.npz").exists():
+        shard = _read_shard(folder, number)
         for _ in range(int(shard["consumed"]) - consumed):
             advance()
         number, consumed = number + 1, int(shard["consumed"])
@@ -427,6 +428,24 @@ def _pixels(path: Path, size: int, grey: bool) -> tuple[np.ndarray | None, str]:
         return None, f"{path}: broken ({reason(error)})"
 
 
+def _read_shard(folder: Path, number: int) -> dict[str, np.ndarray]:
+    """The index of a shard that is whole. Raises PackError."""
+    again = f"remove {folder.parent}, and pack again"
+    data, index = (folder / f"{number:05d}.{suffix}" for suffix in ("bin", "npz"))
+    for path in (data, index):
+        if not path.exists():
+            raise PackError(f"{path}: missing from the pack; {again}")
+    try:
+        with np.load(index) as found:
+            shard = dict(found)
+        ends = [start + 3 * height * width for start, height, width in shard["places"][-1:].tolist()]
+    except _BROKEN as error:
+        raise PackError(f"{index}: broken ({error}); {again}") from error
+    if data.stat().st_size < max(ends, default=0):
+        raise PackError(f"{data}: has {data.stat().st_size} bytes, expected {ends[0]}; {again}")
+    return shard
+
+
 def _write_head(out: Path, head: dict) -> None:
     with atomic_path(out / PACK) as temporary:
         temporary.write_text(json.dumps(head, indent=2) + "\n")
@@ -447,7 +466,7 @@ def list_pack(folder: Path) -> dict[str, list[Path]]:
     """The photos of a pack, by split.
 
     Raises:
-        PackError: not a pack, of another version, not finished, or with a shard missing.
+        PackError: not a pack, of another version, not finished, or with a shard missing or broken.
     """
     head = _head(folder)
     if not head["finished"]:
@@ -458,10 +477,7 @@ def list_pack(folder: Path) -> dict[str, list[Path]]:
     for split in (s for s in _SPLITS if s in head["photos"]):
         photos, consumed, number = [], 0, 0
         while consumed < head["photos"][split]:
-            data, index = (folder / split / f"{number:05d}.{suffix}" for suffix in ("bin", "npz"))
-            if not (data.exists() and index.exists()):
-                raise PackError(f"{data if index.exists() else index}: missing from the pack")
-            shard = np.load(index)
+            data, shard = folder / split / f"{number:05d}.bin", _read_shard(folder / split, number)
             grey = shard["grey"] if "grey" in shard else np.zeros(len(shard["names"]), bool)
             photos += [
                 Path(f"{data}!{start}:{height}:{width}{':1' if without else ''}!{name}")

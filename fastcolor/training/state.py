@@ -15,6 +15,7 @@ import torch
 
 from fastcolor._files import atomic_path
 from fastcolor._version import __version__
+from fastcolor.model.checkpoint import why_not_loaded
 
 STATE, HISTORY, CONFIG, RECORD, LEFT_OUT = "state.pt", "history.jsonl", "config.json", "run.json", "left_out.txt"
 _NAMES = {"config", "data", "network", "optimizer", "prior", "progress", "random"}  # younger ones may be missing
@@ -55,8 +56,7 @@ def read_state(path: Path) -> dict:
         if not isinstance(state, dict) or not state.keys() >= _NAMES:
             raise ValueError("it holds something else")
     except Exception as error:  # torch.load raises many kinds on a broken file
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainingError(f"{path}: not a readable state of a run ({why})") from error
+        raise TrainingError(f"{path}: not a readable state of a run ({why_not_loaded(error)})") from error
     return state
 
 

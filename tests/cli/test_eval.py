@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import av
@@ -85,6 +86,7 @@ def test_films(tmp_path, weights):
     result = run(weights, film(tmp_path / "a.mkv"), "--vividness", "0,0.5", "--json", tmp_path / "a.json", "--html",
                  tmp_path / "a.html", "--temporal", "0.5")  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "--lpips" not in result.output
     assert "a.mkv: 6 frames, 0.2 s, 56×32" in result.output and "AuC" not in result.output
     record = json.loads((tmp_path / "a.json").read_text())
     assert set(record) == {"films"} and record["films"]["protocol"]["video_options"]["temporal"] == 0.5
@@ -94,6 +96,8 @@ def test_films(tmp_path, weights):
         assert r["name"] in result.output and f"{r['flicker']:.3f}" in result.output
         assert f"{r['cdc']:.2e}" in result.output and f"{r['cdc_ratio']:.2f}" in result.output
     assert (tmp_path / "a.html").read_text().count("<img") == 3 * 4 + 3
+    result = run(weights, tmp_path / "a.mkv", "--vividness", "0", "--lpips", weights)
+    assert result.exit_code == 0 and "--lpips: is not used" in result.output
 
 
 def test_photos_and_films(tmp_path, weights, photos):
@@ -154,6 +158,7 @@ def test_bad_options(weights, photos, arguments, words):
 
 
 def test_bad_paths(tmp_path, weights, photos):
+    os.mkfifo(tmp_path / "pipe")
     for arguments, words in (
         ((weights,), "the photos or films come last"),
         ((weights, tmp_path / "none.mp4"), "none.mp4: no such file or folder, expected photos or films"),
@@ -161,6 +166,7 @@ def test_bad_paths(tmp_path, weights, photos):
         ((tmp_path / "none.safetensors", photos), "none.safetensors: no such weights file"),
         ((weights, tmp_path), "no images in it"),
         ((weights, photos, "--json", tmp_path), "is a folder, expected a file name"),
+        ((weights, photos, "--html", tmp_path / "pipe"), "pipe: is no ordinary file, expected a file name"),
         ((weights, photos / "bad.jpg"), "bad.jpg: is a file, expected a folder of images"),
         ((weights, __file__), "test_eval.py: cannot be read as a film"),
     ):

@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said(hub, tmp_path, monkeypatch):
         with pytest.raises(WeightsError, match=rf"--lpips .*{name}.pth: .*{words}"):
             find_perceptual(tmp_path / f"{name}.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(WeightsError, match="text.pth: not a file of weights"):
+    with pytest.raises(WeightsError, match=r"text.pth: not a file of weights \(torch.save did not write it"):
         find_perceptual(tmp_path / "text.pth")
     with pytest.raises(WeightsError, match="none.pth: cannot be read"):
         find_perceptual(tmp_path / "none.pth")
@@ -148,7 +148,8 @@ def test_inception_is_that_of_the_file(hub, monkeypatch):
     file = hub / "pt_inception-2015-12-05-6726825d.pth"
     file.write_bytes(b"")
     found = find_perceptual()
-    assert isinstance(found.inception, Network) and given == [("inception-v3-compat", ["2048"], str(file))]
+    assert isinstance(found.inception, Network) and found.inception.num_features == 2048
+    assert given == [("inception-v3-compat", ["2048"], str(file))]
     assert found.about["fid"]["file"] == file.name and set(found.missing) == {"lpips"}
     missing = find_perceptual().missing["fid"]
     assert missing == "not computed: torch-fidelity cannot be used (Error(s) in loading)"
@@ -179,6 +180,11 @@ def test_fid_of_two_sets():
         root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()
         expected = ((means[0].mean(0) - found.mean(0)) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * root
         assert fid.value(way) == pytest.approx(expected, rel=1e-4)
+    far, picture = Fid(Means()), torch.from_numpy(sets[0][0]).to("meta")
+    far.add_truth(picture)
+    far.add("a", picture)
+    # sums of one device take nothing of another
+    assert far._truth.real_features_sum.device == far._ways["a"].fake_features_sum.device == picture.device
     one = Fid(Means())
     one.add_truth(torch.from_numpy(sets[0][0]))
     one.add("a", torch.from_numpy(sets[1][0]))

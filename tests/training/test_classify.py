@@ -190,7 +190,7 @@ def test_backbones_of_others(scenes, tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pth")
     for name, message in (
         ("half.pth", r"half.pth: not a resnet18 state dict: missing \['layer1.0.conv1.weight'\]"),
-        ("text.pth", "text.pth: not readable weights"),
+        ("text.pth", "text.pth: not readable weights .torch.save did not write it"),
         ("list.pth", "list.pth: not readable weights"),
         ("other.pth", "other.pth: not the weights of a network"),
         ("none.pth", "none.pth: no such weights file"),

@@ -344,6 +344,15 @@ def test_a_kill_between_the_state_and_the_model_is_made_good(photos, tmp_path, m
     assert train(photos, replace(config, resume="yes")).model.stat().st_mtime_ns == before  # all is there
 
 
+def test_an_epoch_that_ends_between_two_looks_keeps_its_loss(photos, tmp_path, monkeypatch):
+    """As on a GPU, where the loss is looked at every few steps, when the workers are gone after a signal."""
+    run = Run(photos, replace(TINY, out=str(tmp_path / "run")), Silent())
+    run.loader = list(run.loader)[:2]
+    monkeypatch.setattr(run, "_look", lambda stop: False)
+    assert not run.train_epoch(Stop())
+    assert run.progress.step == 2 and run.progress.loss_sum / run.progress.images > 1
+
+
 def test_resume_auto_starts_where_nothing_is(photos, tmp_path):
     assert train(photos, replace(TINY, epochs=1, out=str(tmp_path / "run"), resume="auto")).finished
     starts = json.loads((tmp_path / "run" / "run.json").read_text())

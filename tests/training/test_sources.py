@@ -210,6 +210,27 @@ def test_a_pack_of_before_goes_on_without_colourless_pictures(photos, tmp_path):
     assert len(packed) == 12 and check_headers(packed, Problems()) == packed
 
 
+@pytest.mark.parametrize(
+    ("name", "left", "message"),
+    [
+        ("bin", None, "00000.bin: missing from the pack; remove"),
+        ("bin", 100, "00000.bin: has 100 bytes, expected [0-9]{5}; remove"),
+        ("npz", 100, "00000.npz: broken"),
+    ],
+)
+def test_a_pack_with_a_broken_shard_is_not_called_whole(photos, tmp_path, name, left, message):
+    files, out = find_images(photos), tmp_path / "out"
+    pack({"all": files}, photos, out, 40)
+    file = out / "all" / f"00000.{name}"
+    content = file.read_bytes()
+    file.unlink() if left is None else file.write_bytes(content[:left])
+    for again in (lambda: list_pack(out), lambda: pack({"all": files}, photos, out, 40)):
+        with pytest.raises(PackError, match=message):
+            again()
+    file.write_bytes(content)
+    assert len(list_pack(out)["all"]) == 12
+
+
 def test_two_do_not_pack_into_one_folder(photos, tmp_path):
     files, inside = find_images(photos), []
 
