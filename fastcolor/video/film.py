@@ -224,6 +224,8 @@ class _Film:
                 parts = Parts(Path(self.target), self._recipe(), resume=resume, overwrite=overwrite)
                 self.status.resumed = self.status.written = summary.resumed = parts.frames
                 self.before = parts.parts[-1].done if parts.parts else {}
+                if parts.unlocked:
+                    summary.notes.append(f"{parts.unlocked}: nothing keeps a second run out of {parts.folder}")
                 sink = _Segments(parts, encoding)
             elif self.images:
                 sink = _Images(self.target, encoding)

@@ -660,6 +660,10 @@ def test_output_that_cannot_be_written(tmp_path):
     os.mkfifo(tmp_path / "pipe.mkv")
     with pytest.raises(VideoError, match="is no ordinary file"):
         run(clip, tmp_path / "pipe.mkv", overwrite=True)
+    (tmp_path / "out.mkv.parts").write_text("")
+    with pytest.raises(VideoError, match=r"out\.mkv\.parts: cannot be written \(Not a directory\)"):
+        run(clip, tmp_path / "out.mkv", overwrite=True)
+    (tmp_path / "out.mkv.parts").unlink()
     (tmp_path / "out.mkv.parts").mkdir()
     (tmp_path / "out.mkv.parts" / "mine.txt").write_text("")
     with pytest.raises(VideoError, match=r"is there with mine\.txt, which is not of a run; it is in the way"):
@@ -678,12 +682,36 @@ def test_killed_at_the_very_beginning(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
 
+def test_finished_segments_that_cannot_be_gone_on_from_are_kept(tmp_path):
+    """Of another version, say: they go by --overwrite alone."""
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(30)), tmp_path / "out.mkv"
+    with pytest.raises(RuntimeError, match="burnt"):
+        run(clip, out, make=lambda yuv: StopAt(yuv, 25, fail), **FFV1)
+    manifest = tmp_path / "out.mkv.parts" / "film.json"
+    kept = sorted(p.name for p in manifest.parent.iterdir())
+    for text, why in (('{"version": 1}', "it is of version 1, this fastcolor knows 2"), ("[]", "it is damaged")):
+        manifest.write_text(text)
+        for resume in (False, True):
+            with pytest.raises(VideoError, match=rf"film\.json: cannot be resumed from \({why}\); --overwrite starts"):
+                run(clip, out, resume=resume, **FFV1)
+        assert sorted(p.name for p in manifest.parent.iterdir()) == kept
+    assert run(clip, out, overwrite=True, **FFV1).frames == 30 and not manifest.parent.exists()
+
+
+def test_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(3)), tmp_path / "out.mkv"
+    notes = run(clip, out, **FFV1).notes
+    assert notes == [f"this system has no locks of files: nothing keeps a second run out of {out}.parts"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
+
+
 def test_two_runs_at_once(tmp_path):
     clip, out = make_clip(tmp_path / "in.mkv", times=steady(30)), tmp_path / "out.mkv"
 
     def again(yuv):
         for options in ({"overwrite": True}, {"resume": True}):
-            with pytest.raises(VideoError, match=r"out\.mkv\.parts: another run is at work there"):
+            with pytest.raises(VideoError, match=rf"out\.mkv\.parts: process {os.getpid()} on .* is at work there"):
                 run(clip, out, **options, **FFV1)
         return Counting(yuv)
 
