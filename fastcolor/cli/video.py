@@ -95,7 +95,10 @@ class Reporter:
 
     @staticmethod
     def _left(frames: int, rate: float) -> str:
-        return time.strftime(", %H:%M:%S left", time.gmtime(frames / rate)) if frames > 0 and rate > 0 else ""
+        if frames <= 0 or rate <= 0:
+            return ""
+        seconds = round(frames / rate)  # of days, where a film is long
+        return f", {seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def stop(self) -> None:
         if self._bar is not None:
@@ -297,9 +300,10 @@ def video(
     from fastcolor.video.control import ControlError, load_control
     from fastcolor.video.errors import VideoError
     from fastcolor.video.film import FilmOptions, colorize_film, parts_folder
+    from fastcolor.video.reader import is_pipe
 
     if out is None:
-        if source == _STREAM or "://" in source or "%" in source:
+        if is_pipe(source) or "://" in source or "%" in source:
             _refuse(f"--out: is needed for {source}")
         from fastcolor.video.writer import usual_suffix
 
@@ -307,6 +311,8 @@ def video(
         out = str(path.with_name(f"{path.stem}-color{usual_suffix(source, codec)}"))
         if not quiet and Path(out).suffix != path.suffix:
             typer.echo(f"writing {out}: {path.suffix or 'no suffix'} does not hold it well", err=True)
+    if stats is not None and any(stats.resolve() == Path(film).resolve() for film in (source, out)):
+        _refuse(f"--stats {stats}: is the film; give another name")
     reporter = Reporter(quiet)
     stop = threading.Event()
     try:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastcolor.video.errors import VideoError
 from fastcolor.video.pipe import NobodyReads, Pipe
 from fastcolor.video.pipeline import Channel, Pipeline
-from fastcolor.video.reader import STREAM, Picture, Reader, clock, is_sequence, numbered_files
+from fastcolor.video.reader import STREAM, Picture, Reader, clock, is_pipe, is_sequence, numbered_files
 from fastcolor.video.segments import Parts, SegmentWriter, fingerprint, join, parts_folder
 from fastcolor.video.sequence import ImageWriter, image_pixels
 from fastcolor.video.writer import (
@@ -170,7 +170,11 @@ def colorize_film(
         VideoError: the film cannot be read or written as asked. Finished segments are kept.
     """
     options = options or FilmOptions()
-    return _Film(source, target, make, options, identity or {}, stop or threading.Event(), watch).run(overwrite, resume)
+    film = _Film(source, target, make, options, identity or {}, stop or threading.Event(), watch)
+    try:
+        return film.run(overwrite, resume)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise VideoError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
 class _Film:
@@ -179,7 +183,7 @@ class _Film:
         self.identity, self.stop, self.watch = identity, stop, watch
         self.images = is_sequence(target)
         # what cannot be read twice, or not be joined, goes straight to its place
-        self.segmented = not self.images and target != STREAM and source != STREAM and "://" not in source
+        self.segmented = not self.images and target != STREAM and not is_pipe(source) and "://" not in source
         self.status, self.summary, self.pipeline = Status(), Summary(), Pipeline()
         self.read_out = False  # whether the reader came to its end, that of the film or before
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
@@ -263,6 +267,9 @@ class _Film:
                 there = numbered_files(self.target)
                 if there and not overwrite:
                     raise VideoError(f"{self.target}: there are {len(there)} such images; --overwrite replaces them")
+                films = numbered_files(self.source).values() if is_sequence(self.source) else ()
+                if {f.resolve() for f in there.values()} & {f.resolve() for f in films}:
+                    raise VideoError(f"{self.target}: are the images of the film itself; give another --out")
                 _make_folder(target.parent)
             return
         if resume and not self.segmented:

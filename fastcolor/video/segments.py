@@ -138,7 +138,7 @@ class Parts:
             if found["version"] == _VERSION:
                 return found
             why = f"it is of version {found['version']}, this fastcolor knows {_VERSION}"
-        except (OSError, ValueError, TypeError, KeyError) as error:  # segments may be finished: they are not thrown away
+        except (OSError, ValueError, TypeError, KeyError) as error:  # finished segments are not thrown away
             why = getattr(error, "strerror", None) or "it is damaged"
         raise VideoError(f"{manifest}: cannot be resumed from ({why}); --overwrite starts over")
 

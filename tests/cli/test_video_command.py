@@ -31,7 +31,8 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
 
 @pytest.fixture
@@ -96,6 +97,10 @@ def test_name_options_and_summary(made):
         (["in.mkv", "--reference", "none.png"], 2, "none.png: no such file"),
         (["-"], 2, "--out: is needed for -"),
         (["in.txt", "-o", "a.mp4"], 1, "error: in.txt: cannot be read as a film"),
+        (["in.mkv", "--stats", "../here/in.mkv"], 2, "--stats ../here/in.mkv: is the film"),
+        (["in.mkv", "-o", "a.mkv", "--stats", "a.mkv"], 2, "--stats a.mkv: is the film"),
+        (["in.mkv", "-o", f"{300 * 'a'}.mkv"], 1, "aaa.mkv: File name too long"),
+        ([f"{300 * 'a'}.mkv", "-o", "a.mkv"], 1, "aaa.mkv: File name too long"),
     ],
 )
 def test_refusals(made, args, code, message):
@@ -130,6 +135,11 @@ def test_time_formats():
     assert command._rate("24000/1001") == Fraction(24000, 1001)
     with pytest.raises(typer.BadParameter):
         command._seconds("-3")
+
+
+@pytest.mark.parametrize(("frames", "text"), [(0, ""), (10, ", 00:00:05 left"), (360_000, ", 50:00:00 left")])
+def test_time_left(frames, text):
+    assert command.Reporter._left(frames, 2.0) == text
 
 
 def test_truncated_film_exits_with_1(made):

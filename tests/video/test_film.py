@@ -427,6 +427,29 @@ def test_images_in_and_out(tmp_path, bits):
         run(tmp_path / "in/%04d.png", tmp_path / "out/%03d.png")
 
 
+def test_images_are_not_written_over_themselves(tmp_path):
+    run(make_clip(tmp_path / "in.mkv", times=steady(3)), tmp_path / "%03d.png")
+    before = [(p.name, p.read_bytes()) for p in sorted(tmp_path.glob("*.png"))]
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(VideoError, match=r"%03d\.png: are the images of the film itself"):
+        run(tmp_path / "%03d.png", tmp_path / "link" / "%03d.png", overwrite=True)
+    assert [(p.name, p.read_bytes()) for p in sorted(tmp_path.glob("*.png"))] == before
+    assert run(tmp_path / "%03d.png", tmp_path / "%d.png").frames == 3  # other names
+
+
+def test_pipe_with_a_name(tmp_path):
+    """A shell's <(...): nothing of it is read twice."""
+    clip = make_clip(tmp_path / "in.mkv", times=steady(30))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VideoError, match="pipe cannot be read a second time"):
+        run(tmp_path / "pipe", tmp_path / "out.mkv", resume=True)
+    giver = subprocess.Popen(["cp", "--", str(clip), str(tmp_path / "pipe")])
+    summary = run(tmp_path / "pipe", tmp_path / "out.mkv", start=0.5, codec="ffv1")
+    assert giver.wait(timeout=60) == 0 and summary.frames == 18
+    assert [bool((a == b).all()) for (_, a), (_, b) in zip(luma_planes(clip)[12:], luma_planes(tmp_path / "out.mkv"),
+                                                          strict=True)] == [True] * 18  # fmt: skip
+
+
 def test_film_to_images(tmp_path):
     clip = make_clip(tmp_path / "in.mkv", pix_fmt="yuv420p10le", times=steady(3))
     run(clip, tmp_path / "out/%d.tif")
