@@ -171,7 +171,8 @@ def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
         stop.set()
         reporter.say("interrupted: finishing the file; once more to give up")
 
-    if threading.current_thread() is not threading.main_thread():
+    # Windows cannot wait for pipes: there Ctrl-C gives up at once
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
     heard, told = os.pipe()

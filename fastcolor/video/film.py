@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
+import sys
 import threading
 import time
 from collections import deque
@@ -525,9 +525,13 @@ class _Film:
             summary.stats["colour_seconds_by_step"] = parts_of("step ")
 
 
-def peak_memory() -> int:
-    """Bytes of this process that were in memory together, at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory() -> int | None:
+    """Bytes of this process that were in memory together, at most; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _make_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_
 
 from fastcolor.imaging.files import Picture, read_picture, write_picture
 from fastcolor.video.errors import VideoError
-from fastcolor.video.film import QUEUE, FilmOptions, colorize_film
+from fastcolor.video.film import QUEUE, FilmOptions, colorize_film, peak_memory
 from fastcolor.video.reader import Reader
 from fastcolor.video.segments import fingerprint
 
@@ -368,7 +368,7 @@ def test_film_with_broken_timestamps_is_resumed(tmp_path):
 PIPED = """
 import sys
 from video.clips import Counting
-from fastcolor.video.film import FilmOptions, colorize_film
+from fastcolor.video.film import FilmOptions, colorize_film, peak_memory
 colorize_film(sys.argv[1], sys.argv[2], Counting, FilmOptions(codec="ffv1", segment=0.5))
 """
 
@@ -721,10 +721,13 @@ def test_finished_segments_that_cannot_be_gone_on_from_are_kept(tmp_path):
     assert run(clip, out, overwrite=True, **FFV1).frames == 30 and not manifest.parent.exists()
 
 
-def test_file_system_without_locks_is_said(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
+def test_system_without_locks_is_said(tmp_path, monkeypatch):
+    """As Windows is."""
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
     clip, out = make_clip(tmp_path / "in.mkv", times=steady(3)), tmp_path / "out.mkv"
     notes = run(clip, out, **FFV1).notes
+    assert peak_memory() is None
     assert notes == [f"this system has no locks of files: nothing keeps a second run out of {out}.parts"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
