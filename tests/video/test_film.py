@@ -608,6 +608,14 @@ def test_failed_reading_of_sound_loses_nothing(tmp_path, monkeypatch):
     assert packets_of(out, "audio") == packets_of(clip, "audio")
 
 
+def test_film_that_goes_away_loses_nothing(tmp_path):
+    clip, out, away = make_clip(tmp_path / "in.mkv", audio="flac"), tmp_path / "out.mkv", tmp_path / "away.mkv"
+    with pytest.raises(VideoError, match=r"in\.mkv: reading of its other streams failed \(No such file or directory\)"):
+        run(clip, out, watch=lambda status: status.joined == 0 and clip.rename(away), **FFV1)
+    away.rename(clip)
+    assert run(clip, out, resume=True, **FFV1).resumed == 30 and packets_of(out, "audio") == packets_of(clip, "audio")
+
+
 def test_film_whose_sound_goes_on_is_whole(tmp_path):
     """Also where the sound is left out, so that nothing is read as long as the header says."""
     clip = make_clip(tmp_path / "in.mkv", times=steady(30), audio="pcm_s16le", sound_longer=5.0)
