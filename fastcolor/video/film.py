@@ -267,7 +267,7 @@ class _Film:
                 there = numbered_files(self.target)
                 if there and not overwrite:
                     raise VideoError(f"{self.target}: there are {len(there)} such images; --overwrite replaces them")
-                films = numbered_files(self.source).values() if is_sequence(self.source) else ()
+                films = numbered_files(self.source).values() if is_sequence(self.source) else [Path(self.source)]
                 if {f.resolve() for f in there.values()} & {f.resolve() for f in films}:
                     raise VideoError(f"{self.target}: are the images of the film itself; give another --out")
                 _make_folder(target.parent)
@@ -460,6 +460,8 @@ class _Film:
             summary.notes.append(f"{ended.moved} frames had no timestamp of their own, and got one")
         if ended.damaged:
             summary.notes.append(f"{ended.damaged} damaged packets were met")
+        if self.images and (left := [f for n, f in numbered_files(self.target).items() if n > self.status.written]):
+            summary.notes.append(f"{len(left)} images were there before and are not of this film, from {left[0]} on")
         summary.stats["guessed"] = guessed
         if summary.stopped:
             return

@@ -139,6 +139,13 @@ def test_time_formats():
         command._seconds("-3")
 
 
+def test_terminal_gets_no_film(made, monkeypatch):
+    make_clip(Path("in.mkv"), times=steady(3))
+    monkeypatch.setattr(command.os, "isatty", lambda number: number == 1)
+    result = run("in.mkv", "-o", "-")
+    assert result.exit_code == 2 and "--out -: standard output is a terminal" in result.output
+
+
 @pytest.mark.parametrize(("frames", "text"), [(0, ""), (10, ", 00:00:05 left"), (360_000, ", 50:00:00 left")])
 def test_time_left(frames, text):
     assert command.Reporter._left(frames, 2.0) == text

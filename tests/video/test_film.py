@@ -434,7 +434,16 @@ def test_images_are_not_written_over_themselves(tmp_path):
     with pytest.raises(VideoError, match=r"%03d\.png: are the images of the film itself"):
         run(tmp_path / "%03d.png", tmp_path / "link" / "%03d.png", overwrite=True)
     assert [(p.name, p.read_bytes()) for p in sorted(tmp_path.glob("*.png"))] == before
+    with pytest.raises(VideoError, match=r"%03d\.png: are the images of the film itself"):
+        run(tmp_path / "002.png", tmp_path / "%03d.png", overwrite=True)
     assert run(tmp_path / "%03d.png", tmp_path / "%d.png").frames == 3  # other names
+
+
+def test_images_of_before_that_stay_are_named(tmp_path):
+    left = f"2 images were there before and are not of this film, from {tmp_path}/4.png on"
+    for frames, notes in ((5, []), (3, [left])):
+        clip = make_clip(tmp_path / f"{frames}.mkv", times=steady(frames))
+        assert run(clip, tmp_path / "%d.png", overwrite=True).notes == notes
 
 
 def test_pipe_with_a_name(tmp_path):
