@@ -312,6 +312,9 @@ def video(
         out = str(path.with_name(f"{path.stem}-color{usual_suffix(source, codec)}"))
         if not quiet and Path(out).suffix != path.suffix:
             typer.echo(f"writing {out}: {path.suffix or 'no suffix'} does not hold it well", err=True)
+    for given, name, stream in ((source, "input", sys.__stdin__), (out, "output", sys.__stdout__)):
+        if given == _STREAM and stream is None:  # another file has its number by now
+            _refuse(f"{given}: standard {name} is closed")
     if out == _STREAM and os.isatty(1):
         _refuse("--out -: standard output is a terminal, which shows no films; give it a pipe or file")
     if stats is not None and any(stats.resolve() == Path(film).resolve() for film in (source, out)):

@@ -146,6 +146,15 @@ def test_terminal_gets_no_film(made, monkeypatch):
     assert result.exit_code == 2 and "--out -: standard output is a terminal" in result.output
 
 
+@pytest.mark.parametrize(("name", "args"), [("in", ["-", "-o", "out.mkv"]), ("out", ["in.mkv", "-o", "-"])])
+def test_closed_stream_is_refused(made, monkeypatch, name, args):
+    make_clip(Path("in.mkv"), times=steady(3))
+    monkeypatch.setattr(sys, f"__std{name}__", None)
+    result = run(*args)
+    assert result.exit_code == 2 and f"-: standard {name}put is closed" in result.output
+    assert [p.name for p in Path().iterdir()] == ["in.mkv"]
+
+
 @pytest.mark.parametrize(("frames", "text"), [(0, ""), (10, ", 00:00:05 left"), (360_000, ", 50:00:00 left")])
 def test_time_left(frames, text):
     assert command.Reporter._left(frames, 2.0) == text
