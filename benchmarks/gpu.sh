@@ -39,14 +39,23 @@ commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+# bash would hear of signals when a step has ended; `timeout` is a group of its own, that no terminal sends Ctrl-C to
+running=
+stopped() { [ -z "$running" ] || { kill "$running" && wait "$running"; } 2> /dev/null; exit "$1"; }
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
 failed=0 summary=()
 
 within() {  # SECONDS COMMAND...: no longer than that, and than what time is left; 124 or 137 where it was stopped
-  local most=$1 left=$((limit - SECONDS)) stop=()
+  local most=$1 left=$((limit - SECONDS)) code
   shift
   [ "$left" -ge 1 ] || left=1  # 0 would be no limit at all
-  command -v timeout > /dev/null && stop=(timeout --kill-after=5 $((left < most ? left : most)))
-  ${stop[@]+"${stop[@]}"} "$@"
+  command -v timeout > /dev/null || { "$@"; return; }
+  timeout --kill-after=5 $((left < most ? left : most)) "$@" <&0 &
+  running=$!
+  wait "$running"
+  code=$? running=
+  return $code
 }
 
 step() {  # NAME COMMAND...: runs it, remembers how it went

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,27 @@ def test_what_hangs_is_stopped_and_the_next_step_runs(tmp_path):
     assert "passed  install without C++ and CUDA kernels, N s" in lines
     assert "FAILED  backends are there, N s" in lines
     assert "STOPPED  pytest -m gpu, N s: it ran out of its time" in lines
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="no timeout")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_the_step_under_way(tmp_path, number, code):
+    python, begun = tmp_path / "python", tmp_path / "begun"
+    python.write_text(f'#!/bin/sh\necho $$ > "{begun}.new"; mv "{begun}.new" "{begun}"; exec sleep 60\n')
+    python.chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", SCRIPT, "--dry-run", tmp_path / "results"], env={**os.environ, "PYTHON": str(python)},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=40)[0]  # the step holds it open
+    assert process.returncode == code and output.startswith("== build") and output.count("==") == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun.read_text()), 0)
 
 
 def test_a_suite_whose_package_is_missing_is_left_out(tmp_path):

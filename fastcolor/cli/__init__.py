@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -52,4 +56,19 @@ app.command(add_help_option=False, context_settings={"allow_extra_args": True, "
 
 
 def main() -> None:
-    app(prog_name="fastcolor")
+    try:
+        app(prog_name="fastcolor")
+    except SystemExit as end:
+        # `train` has 130 for SIGTERM too, which schedulers send
+        if end.code == 130 and sys.argv[1:2] != ["train"] and os.name == "posix":
+            _end_by_sigint()
+        raise
+
+
+def _end_by_sigint() -> None:
+    """Shells call that 130 as well; but after an exit code, a loop over films would go on with the next."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)

@@ -95,7 +95,10 @@ class Reporter:
 
     @staticmethod
     def _left(frames: int, rate: float) -> str:
-        return time.strftime(", %H:%M:%S left", time.gmtime(frames / rate)) if frames > 0 and rate > 0 else ""
+        if frames <= 0 or rate <= 0:
+            return ""
+        seconds = round(frames / rate)  # of days, where a film is long
+        return f", {seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def stop(self) -> None:
         if self._bar is not None:
@@ -168,7 +171,8 @@ def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[None]:
         stop.set()
         reporter.say("interrupted: finishing the file; once more to give up")
 
-    if threading.current_thread() is not threading.main_thread():
+    # Windows cannot wait for pipes: there Ctrl-C gives up at once
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
     heard, told = os.pipe()
@@ -297,9 +301,10 @@ def video(
     from fastcolor.video.control import ControlError, load_control
     from fastcolor.video.errors import VideoError
     from fastcolor.video.film import FilmOptions, colorize_film, parts_folder
+    from fastcolor.video.reader import is_pipe
 
     if out is None:
-        if source == _STREAM or "://" in source or "%" in source:
+        if is_pipe(source) or "://" in source or "%" in source:
             _refuse(f"--out: is needed for {source}")
         from fastcolor.video.writer import usual_suffix
 
@@ -307,6 +312,13 @@ def video(
         out = str(path.with_name(f"{path.stem}-color{usual_suffix(source, codec)}"))
         if not quiet and Path(out).suffix != path.suffix:
             typer.echo(f"writing {out}: {path.suffix or 'no suffix'} does not hold it well", err=True)
+    for given, name, stream in ((source, "input", sys.__stdin__), (out, "output", sys.__stdout__)):
+        if given == _STREAM and stream is None:  # another file has its number by now
+            _refuse(f"{given}: standard {name} is closed")
+    if out == _STREAM and os.isatty(1):
+        _refuse("--out -: standard output is a terminal, which shows no films; give it a pipe or file")
+    if stats is not None and any(stats.resolve() == Path(film).resolve() for film in (source, out)):
+        _refuse(f"--stats {stats}: is the film; give another name")
     reporter = Reporter(quiet)
     stop = threading.Event()
     try:

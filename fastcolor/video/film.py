@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
+import sys
 import threading
 import time
 from collections import deque
@@ -25,7 +25,7 @@ from torch import Tensor
 from fastcolor.video.errors import VideoError
 from fastcolor.video.pipe import NobodyReads, Pipe
 from fastcolor.video.pipeline import Channel, Pipeline
-from fastcolor.video.reader import STREAM, Picture, Reader, clock, is_sequence, numbered_files
+from fastcolor.video.reader import STREAM, Picture, Reader, clock, is_pipe, is_sequence, numbered_files
 from fastcolor.video.segments import Parts, SegmentWriter, fingerprint, join, parts_folder
 from fastcolor.video.sequence import ImageWriter, image_pixels
 from fastcolor.video.writer import (
@@ -170,7 +170,11 @@ def colorize_film(
         VideoError: the film cannot be read or written as asked. Finished segments are kept.
     """
     options = options or FilmOptions()
-    return _Film(source, target, make, options, identity or {}, stop or threading.Event(), watch).run(overwrite, resume)
+    film = _Film(source, target, make, options, identity or {}, stop or threading.Event(), watch)
+    try:
+        return film.run(overwrite, resume)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise VideoError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
 class _Film:
@@ -179,7 +183,7 @@ class _Film:
         self.identity, self.stop, self.watch = identity, stop, watch
         self.images = is_sequence(target)
         # what cannot be read twice, or not be joined, goes straight to its place
-        self.segmented = not self.images and target != STREAM and source != STREAM and "://" not in source
+        self.segmented = not self.images and target != STREAM and not is_pipe(source) and "://" not in source
         self.status, self.summary, self.pipeline = Status(), Summary(), Pipeline()
         self.read_out = False  # whether the reader came to its end, that of the film or before
         self.busy = {"colour": 0.0, "write": 0.0}  # seconds
@@ -224,6 +228,8 @@ class _Film:
                 parts = Parts(Path(self.target), self._recipe(), resume=resume, overwrite=overwrite)
                 self.status.resumed = self.status.written = summary.resumed = parts.frames
                 self.before = parts.parts[-1].done if parts.parts else {}
+                if parts.unlocked:
+                    summary.notes.append(f"{parts.unlocked}: nothing keeps a second run out of {parts.folder}")
                 sink = _Segments(parts, encoding)
             elif self.images:
                 sink = _Images(self.target, encoding)
@@ -261,6 +267,9 @@ class _Film:
                 there = numbered_files(self.target)
                 if there and not overwrite:
                     raise VideoError(f"{self.target}: there are {len(there)} such images; --overwrite replaces them")
+                films = numbered_files(self.source).values() if is_sequence(self.source) else [Path(self.source)]
+                if {f.resolve() for f in there.values()} & {f.resolve() for f in films}:
+                    raise VideoError(f"{self.target}: are the images of the film itself; give another --out")
                 _make_folder(target.parent)
             return
         if resume and not self.segmented:
@@ -451,6 +460,8 @@ class _Film:
             summary.notes.append(f"{ended.moved} frames had no timestamp of their own, and got one")
         if ended.damaged:
             summary.notes.append(f"{ended.damaged} damaged packets were met")
+        if self.images and (left := [f for n, f in numbered_files(self.target).items() if n > self.status.written]):
+            summary.notes.append(f"{len(left)} images were there before and are not of this film, from {left[0]} on")
         summary.stats["guessed"] = guessed
         if summary.stopped:
             return
@@ -516,9 +527,13 @@ class _Film:
             summary.stats["colour_seconds_by_step"] = parts_of("step ")
 
 
-def peak_memory() -> int:
-    """Bytes of this process that were in memory together, at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory() -> int | None:
+    """Bytes of this process that were in memory together, at most; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import sys
 import time
 from collections.abc import Callable
 
 GIVES_UP = 1.0  # seconds in which nothing was taken, once the run is over
-_PIECE = select.PIPE_BUF  # bytes that can be written without waiting where there is room at all
+_PIECE = getattr(select, "PIPE_BUF", 4096)  # bytes that can be written without waiting where there is room at all
 
 
 class NobodyReads(OSError):
@@ -47,6 +48,8 @@ class Pipe:
         return len(data)
 
     def _wait(self) -> None:
+        if sys.platform == "win32":  # where `select` knows sockets alone
+            return
         late = None
         while not select.select([], [self._number], [], 0.2)[1]:
             if self._over():

@@ -97,6 +97,14 @@ def is_sequence(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGES and _PATTERN.search(Path(name).name) is not None
 
 
+def is_pipe(name: str) -> bool:
+    """Whether it can be read once: standard input, and pipes with a name, such as those of a shell's <(...)."""
+    path = Path(name)
+    with suppress(OSError):  # what is wrong with a name is said where it is opened
+        return name == STREAM or path.is_fifo() or path.is_char_device() or path.is_socket()
+    return False
+
+
 def url(name: str) -> str:
     """A file name as FFmpeg takes it: with no protocol in it but its own."""
     return "pipe:0" if name == STREAM else name if "://" in name else f"file:{name}"
@@ -209,7 +217,7 @@ class Reader:
         stream, luma = self.stream, self._head[-1].luma
         rate = self._rate()
         duration = self._duration()
-        of_file = self._first_number is None and self.name != STREAM and "://" not in self.name
+        of_file = self._first_number is None and not is_pipe(self.name) and "://" not in self.name
         if of_file and self.deinterlace is None and duration >= _PROBED:
             self._probe(duration)
         return FilmInfo(
@@ -403,7 +411,7 @@ class Reader:
         """Brings the container to a keyframe well before the first wanted frame. False: it is at the beginning."""
         target = self.begin if after is None else after * self.stream.time_base + self.offset
         origin = Fraction(self.container.start_time or 0, av.time_base)
-        if target is None or self.name == STREAM or target - Fraction(_LEAD) <= origin:
+        if target is None or is_pipe(self.name) or target - Fraction(_LEAD) <= origin:
             return False
         try:
             self.container.seek(int((target - Fraction(_LEAD)) * av.time_base), backward=True)

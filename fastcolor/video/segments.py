@@ -5,6 +5,7 @@ Beside the output OUT lies a folder OUT.parts while it is made:
     film.json    what the film is made of and how, and the segments that are finished
     000000.nut   the encoded frames of a segment; it starts with a keyframe and refers to no other
     000000.pt    the colorizer's state after it, of the last one only
+    run.lock     who is at work there
 
 A segment counts once it stands in film.json, which is replaced as a whole.
 """
@@ -12,7 +13,6 @@ A segment counts once it stands in film.json, which is replaced as a whole.
 from __future__ import annotations
 
 import bisect
-import fcntl
 import hashlib
 import heapq
 import json
@@ -27,14 +27,15 @@ from typing import Any
 
 import av
 
-from fastcolor._files import atomic_path
+from fastcolor._files import FolderInUse, FolderLock, atomic_path
 from fastcolor.video.errors import VideoError
 from fastcolor.video.reader import Reader
 from fastcolor.video.writer import Copier, Encoding, add_film, copy_tags, describe, finish_film, tag
 
 _VERSION = 2
 _MANIFEST = "film.json"
-_OURS = re.compile(r"film\.json|\.film-.*\.json|\.?\d{6}(-.*)?\.(nut|mov|pt|unfinished)|joined\..*")
+_OURS = re.compile(r"film\.json|run\.lock|\.film-.*\.json|\.?\d{6}(-.*)?\.(nut|mov|pt|unfinished)|joined\..*")
+_SEGMENT = re.compile(r"\d{6}\.(nut|mov)")
 _ENDS = 1 << 20  # bytes from both ends of a file that its fingerprint takes in
 
 
@@ -83,55 +84,63 @@ class Parts:
         self.target, self.recipe = target, json.loads(json.dumps(recipe))
         self.folder = parts_folder(target)
         self.parts: list[Part] = []
-        self._held: int | None = None  # the folder, locked
         self.complete = False
         self.why: str | None = None  # it is complete, though the film could not be read to its end
         self.moved = 0
-        found = self._load()
-        if resume and found is not None:
-            self._take_over(found)
-        elif resume:
-            raise VideoError(f"{target}: nothing to resume, there is no {self.folder / _MANIFEST}")
-        elif self.folder.exists():
-            if foreign := [f.name for f in self.folder.iterdir() if not _OURS.fullmatch(f.name)]:
-                raise VideoError(f"{self.folder}: is there with {foreign[0]}, which is not of a run; it is in the way")
-            if found is not None and found["parts"] and not overwrite:
-                frames = sum(p["frames"] for p in found["parts"])
-                raise VideoError(
-                    f"{self.folder}: holds {frames} finished frames of an earlier run; --resume goes on with them, "
-                    "--overwrite starts over"
-                )
+        self._lock = FolderLock(self.folder)
         try:
+            if resume and not (self.folder / _MANIFEST).exists():
+                raise VideoError(f"{target}: nothing to resume, there is no {self.folder / _MANIFEST}")
+            self._look_for_others()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            # before film.json is read: another run may be about to replace it. Empty, or why there is none
+            self.unlocked = self._lock.hold()
+            self._begin(resume, overwrite)
             self._clean()
             self.save()
+        except FolderInUse as error:
+            raise VideoError(f"{error}; wait for it, or choose another --out") from None
         except OSError as error:
             self.release()
             raise VideoError(f"{self.folder}: cannot be written ({error.strerror or error})") from error
-
-    def _lock(self) -> None:
-        """Two runs would write the same files. The lock goes with the process, however that ends."""
-        self._held = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BaseException:
             self.release()
-            raise VideoError(f"{self.folder}: another run is at work there") from error
-        except OSError:
-            pass  # a file system without locks
+            raise
+
+    def _look_for_others(self) -> None:
+        foreign = (f.name for f in self.folder.iterdir() if not _OURS.fullmatch(f.name)) if self.folder.exists() else ()
+        if name := next(iter(foreign), None):
+            raise VideoError(f"{self.folder}: is there with {name}, which is not of a run; it is in the way")
+
+    def _begin(self, resume: bool, overwrite: bool) -> None:
+        """Takes over what is there, or sees that it may go."""
+        if overwrite and not resume or not (self.folder / _MANIFEST).exists():
+            return
+        if not resume and not any(_SEGMENT.fullmatch(f.name) for f in self.folder.iterdir()):
+            return
+        found = self._load()
+        if resume:
+            self._take_over(found)
+        elif found["parts"]:
+            frames = sum(p["frames"] for p in found["parts"])
+            raise VideoError(
+                f"{self.folder}: holds {frames} finished frames of an earlier run; --resume goes on with them, "
+                "--overwrite starts over"
+            )
 
     def release(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        self._lock.release()
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load(self) -> dict[str, Any]:
+        manifest = self.folder / _MANIFEST
         try:
-            found = json.loads((self.folder / _MANIFEST).read_text())
-            return found if isinstance(found, dict) and found.get("version") == _VERSION else None
-        except (OSError, ValueError):
-            return None
+            found = json.loads(manifest.read_text())
+            if found["version"] == _VERSION:
+                return found
+            why = f"it is of version {found['version']}, this fastcolor knows {_VERSION}"
+        except (OSError, ValueError, TypeError, KeyError) as error:  # finished segments are not thrown away
+            why = getattr(error, "strerror", None) or "it is damaged"
+        raise VideoError(f"{manifest}: cannot be resumed from ({why}); --overwrite starts over")
 
     def _take_over(self, found: dict[str, Any]) -> None:
         before = found["recipe"]
@@ -156,7 +165,7 @@ class Parts:
 
     def _clean(self) -> None:
         """Removes what no finished segment needs."""
-        needed = {p.file for p in self.parts} | {_MANIFEST}
+        needed = {p.file for p in self.parts} | {_MANIFEST, self._lock.path.name}
         if self.parts:
             needed.add(self._state_file().name)
         for file in self.folder.iterdir():
@@ -203,6 +212,7 @@ class Parts:
         self.parts = []
         (self.folder / _MANIFEST).unlink(missing_ok=True)  # first: half a folder must not look like a run
         self._clean()
+        self.release()  # its file lies there too
         with suppress(OSError):  # somebody's file in it
             self.folder.rmdir()
 

@@ -276,11 +276,15 @@ class Copier:
         """All that are wanted, read from the file anew; up to `until` seconds.
 
         Raises:
-            VideoError: reading failed, though the film goes on there; not where `until` is given.
+            VideoError: the film cannot be opened; or reading failed though it goes on there, where `until` is None.
         """
         if not self._chosen:
             return
-        with av.open(url(self.reader.name), metadata_errors="replace") as container:
+        try:
+            container = av.open(url(self.reader.name), metadata_errors="replace")
+        except (av.FFmpegError, OSError) as error:
+            raise self._unread(error) from error
+        with container:
             wanted = [container.streams[i] for i in self._chosen if container.streams[i].type != "attachment"]
             if not wanted:
                 return
@@ -292,12 +296,15 @@ class Copier:
                     yield made
             except (av.FFmpegError, OSError) as error:
                 if until is None and may_pass(error):
-                    reason = error.strerror or error
-                    raise VideoError(
-                        f"{self.reader.label}: reading of its other streams failed ({reason}); the frames are kept, "
-                        "--resume joins them"
-                    ) from error
+                    raise self._unread(error) from error
                 return  # a damaged end: the frames before it are there as well
+
+    def _unread(self, error: Exception) -> VideoError:
+        reason = getattr(error, "strerror", None) or error
+        return VideoError(
+            f"{self.reader.label}: reading of its other streams failed ({reason}); the frames are kept, "
+            "--resume joins them"
+        )
 
 
 def _add_copy(container: av.container.OutputContainer, template: av.stream.Stream) -> av.stream.Stream:

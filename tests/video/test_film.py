@@ -25,7 +25,7 @@ from video.clips import Counting, frame_hashes, luma_planes, make_clip, packets_
 
 from fastcolor.imaging.files import Picture, read_picture, write_picture
 from fastcolor.video.errors import VideoError
-from fastcolor.video.film import QUEUE, FilmOptions, colorize_film
+from fastcolor.video.film import QUEUE, FilmOptions, colorize_film, peak_memory
 from fastcolor.video.reader import Reader
 from fastcolor.video.segments import fingerprint
 
@@ -368,7 +368,7 @@ def test_film_with_broken_timestamps_is_resumed(tmp_path):
 PIPED = """
 import sys
 from video.clips import Counting
-from fastcolor.video.film import FilmOptions, colorize_film
+from fastcolor.video.film import FilmOptions, colorize_film, peak_memory
 colorize_film(sys.argv[1], sys.argv[2], Counting, FilmOptions(codec="ffv1", segment=0.5))
 """
 
@@ -425,6 +425,38 @@ def test_images_in_and_out(tmp_path, bits):
         np.testing.assert_array_equal(luma, pages[i])
     with pytest.raises(VideoError, match="there are 5 such images; --overwrite"):
         run(tmp_path / "in/%04d.png", tmp_path / "out/%03d.png")
+
+
+def test_images_are_not_written_over_themselves(tmp_path):
+    run(make_clip(tmp_path / "in.mkv", times=steady(3)), tmp_path / "%03d.png")
+    before = [(p.name, p.read_bytes()) for p in sorted(tmp_path.glob("*.png"))]
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(VideoError, match=r"%03d\.png: are the images of the film itself"):
+        run(tmp_path / "%03d.png", tmp_path / "link" / "%03d.png", overwrite=True)
+    assert [(p.name, p.read_bytes()) for p in sorted(tmp_path.glob("*.png"))] == before
+    with pytest.raises(VideoError, match=r"%03d\.png: are the images of the film itself"):
+        run(tmp_path / "002.png", tmp_path / "%03d.png", overwrite=True)
+    assert run(tmp_path / "%03d.png", tmp_path / "%d.png").frames == 3  # other names
+
+
+def test_images_of_before_that_stay_are_named(tmp_path):
+    left = f"2 images were there before and are not of this film, from {tmp_path}/4.png on"
+    for frames, notes in ((5, []), (3, [left])):
+        clip = make_clip(tmp_path / f"{frames}.mkv", times=steady(frames))
+        assert run(clip, tmp_path / "%d.png", overwrite=True).notes == notes
+
+
+def test_pipe_with_a_name(tmp_path):
+    """A shell's <(...): nothing of it is read twice."""
+    clip = make_clip(tmp_path / "in.mkv", times=steady(30))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VideoError, match="pipe cannot be read a second time"):
+        run(tmp_path / "pipe", tmp_path / "out.mkv", resume=True)
+    giver = subprocess.Popen(["cp", "--", str(clip), str(tmp_path / "pipe")])
+    summary = run(tmp_path / "pipe", tmp_path / "out.mkv", start=0.5, codec="ffv1")
+    assert giver.wait(timeout=60) == 0 and summary.frames == 18
+    assert [bool((a == b).all()) for (_, a), (_, b) in zip(luma_planes(clip)[12:], luma_planes(tmp_path / "out.mkv"),
+                                                          strict=True)] == [True] * 18  # fmt: skip
 
 
 def test_film_to_images(tmp_path):
@@ -585,6 +617,14 @@ def test_failed_reading_of_sound_loses_nothing(tmp_path, monkeypatch):
     assert packets_of(out, "audio") == packets_of(clip, "audio")
 
 
+def test_film_that_goes_away_loses_nothing(tmp_path):
+    clip, out, away = make_clip(tmp_path / "in.mkv", audio="flac"), tmp_path / "out.mkv", tmp_path / "away.mkv"
+    with pytest.raises(VideoError, match=r"in\.mkv: reading of its other streams failed \(No such file or directory\)"):
+        run(clip, out, watch=lambda status: status.joined == 0 and clip.rename(away), **FFV1)
+    away.rename(clip)
+    assert run(clip, out, resume=True, **FFV1).resumed == 30 and packets_of(out, "audio") == packets_of(clip, "audio")
+
+
 def test_film_whose_sound_goes_on_is_whole(tmp_path):
     """Also where the sound is left out, so that nothing is read as long as the header says."""
     clip = make_clip(tmp_path / "in.mkv", times=steady(30), audio="pcm_s16le", sound_longer=5.0)
@@ -660,6 +700,10 @@ def test_output_that_cannot_be_written(tmp_path):
     os.mkfifo(tmp_path / "pipe.mkv")
     with pytest.raises(VideoError, match="is no ordinary file"):
         run(clip, tmp_path / "pipe.mkv", overwrite=True)
+    (tmp_path / "out.mkv.parts").write_text("")
+    with pytest.raises(VideoError, match=r"out\.mkv\.parts: cannot be written \(Not a directory\)"):
+        run(clip, tmp_path / "out.mkv", overwrite=True)
+    (tmp_path / "out.mkv.parts").unlink()
     (tmp_path / "out.mkv.parts").mkdir()
     (tmp_path / "out.mkv.parts" / "mine.txt").write_text("")
     with pytest.raises(VideoError, match=r"is there with mine\.txt, which is not of a run; it is in the way"):
@@ -678,12 +722,39 @@ def test_killed_at_the_very_beginning(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
 
 
+def test_finished_segments_that_cannot_be_gone_on_from_are_kept(tmp_path):
+    """Of another version, say: they go by --overwrite alone."""
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(30)), tmp_path / "out.mkv"
+    with pytest.raises(RuntimeError, match="burnt"):
+        run(clip, out, make=lambda yuv: StopAt(yuv, 25, fail), **FFV1)
+    manifest = tmp_path / "out.mkv.parts" / "film.json"
+    kept = sorted(p.name for p in manifest.parent.iterdir())
+    for text, why in (('{"version": 1}', "it is of version 1, this fastcolor knows 2"), ("[]", "it is damaged")):
+        manifest.write_text(text)
+        for resume in (False, True):
+            with pytest.raises(VideoError, match=rf"film\.json: cannot be resumed from \({why}\); --overwrite starts"):
+                run(clip, out, resume=resume, **FFV1)
+        assert sorted(p.name for p in manifest.parent.iterdir()) == kept
+    assert run(clip, out, overwrite=True, **FFV1).frames == 30 and not manifest.parent.exists()
+
+
+def test_system_without_locks_is_said(tmp_path, monkeypatch):
+    """As Windows is."""
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    clip, out = make_clip(tmp_path / "in.mkv", times=steady(3)), tmp_path / "out.mkv"
+    notes = run(clip, out, **FFV1).notes
+    assert peak_memory() is None
+    assert notes == [f"this system has no locks of files: nothing keeps a second run out of {out}.parts"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.mkv"]
+
+
 def test_two_runs_at_once(tmp_path):
     clip, out = make_clip(tmp_path / "in.mkv", times=steady(30)), tmp_path / "out.mkv"
 
     def again(yuv):
         for options in ({"overwrite": True}, {"resume": True}):
-            with pytest.raises(VideoError, match=r"out\.mkv\.parts: another run is at work there"):
+            with pytest.raises(VideoError, match=rf"out\.mkv\.parts: process {os.getpid()} on .* is at work there"):
                 run(clip, out, **options, **FFV1)
         return Counting(yuv)
 
