@@ -63,7 +63,7 @@ def in_place_of_cuda(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Ite
     native = _backend.native
     monkeypatch.setattr(_backend, "native", lambda module: emulator if module == "_cuda" else native(module))
     monkeypatch.setattr(_backend, "missing", lambda name: None)
-    monkeypatch.setattr(_backend, "runs_on", lambda name, device: None)
+    monkeypatch.setattr(_backend, "_elsewhere", lambda name, device: None)
     monkeypatch.setattr(_backend, "stream", lambda device: nullcontext(0))
     with fastcolor.use_backend("cuda"):
         yield Backend("cuda", "cpu")
