@@ -108,7 +108,7 @@ def shown(values: list[float | None], form: str = "{:+.2f}") -> str:
 
 
 def show(rows: list[dict]) -> None:
-    for mrf in (False, True):
+    for mrf in sorted({row["field"] for row in rows}):
         title = f"PSNR above grey, dB, {'with' if mrf else 'without'} the field; mean and half the range of the seeds"
         table = Table(
             "", *(f"at {level:.0%}" for level in LEVELS), "vividness 0", "at colourfulness", "AuC", title=title
@@ -124,19 +124,20 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(path: Path, rows: list[dict]) -> None:
-    """PSNR above grey over colourfulness, read without the field: a line for each variant and seed."""
+    """PSNR above grey over colourfulness, a line for each variant and seed; the field where it was trained with it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
-    for number, row in enumerate(r for r in rows if not r["field"]):
+    for number, row in enumerate(r for r in rows if r["field"] == (r["key"] == "field")):
         for seed, curve in enumerate(row["curves"]):
             points = sorted((p["colorfulness_ratio"], p["psnr_gain"]) for p in curve)
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) > 1 else "*", color=f"C{number}",
                       alpha=1 - 0.5 * bool(seed), label=None if seed else row["name"])  # fmt: skip
     axis.axhline(0, color="grey", linestyle=":", label="grey (ab = 0)")
+    axis.set_ylim(bottom=-1.5)
     axis.set_xlabel("colourfulness, share of the truth's")
     axis.set_ylabel("PSNR above grey, dB")
     axis.grid(alpha=0.3)
@@ -178,8 +179,8 @@ def main() -> None:
     rows = []
     for key, (name, _, changes) in cases.items():
         for mrf in (False, True):
-            if mrf and changes.get("head") == "regression":
-                continue
+            if mrf and (options.shares or changes.get("head") == "regression"):
+                continue  # with more data the field does not change; a regression has no distribution
             curves = [figures(w, options.photos, mrf) for w in runs[key]]
             rows.append({"key": key, "name": name, "field": mrf, **summary(curves), "curves": curves})
             print(f"{key}, {'with' if mrf else 'without'} the field: evaluated", flush=True)
