@@ -12,7 +12,7 @@ from benchmarks.timing import NOT_MEASURED
 
 FILES = sorted(p for p in results.FOLDER.rglob("*.json") if results.NAME.fullmatch(p.name))
 PLAIN = {"edges.json"}  # of colours, not of time: their own pages say what is in them
-OTHERS = ("quality-", "eval", "flicker", "instructions--")
+OTHERS = ("ablation", "quality-", "eval", "flicker", "instructions--")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(results.FOLDER)))
