@@ -6,22 +6,20 @@ import weakref
 import av
 import numpy as np
 import pytest
+import pyvips
 import torch
+from evaluation.test_compare import photo, weights
+from video.clips import make_clip
 
-pyvips = pytest.importorskip("pyvips")
-
-from evaluation.test_compare import photo, weights  # noqa: E402
-from video.clips import make_clip  # noqa: E402
-
-from fastcolor.evaluation import films  # noqa: E402
-from fastcolor.evaluation.compare import GREY, MEAN, EvaluationError, load_models  # noqa: E402
-from fastcolor.evaluation.films import TRUTH, evaluate_films, find_films, has_photos  # noqa: E402
-from fastcolor.evaluation.metrics import colorfulness, psnr  # noqa: E402
-from fastcolor.evaluation.report import html  # noqa: E402
-from fastcolor.evaluation.video import color_distribution_consistency, flicker  # noqa: E402
-from fastcolor.model.colorizer import Colorizer  # noqa: E402
-from fastcolor.ops.lab import rgb_to_lab  # noqa: E402
-from fastcolor.video.colorizer import VideoColorizer, VideoOptions  # noqa: E402
+from fastcolor.evaluation import films
+from fastcolor.evaluation.compare import GREY, MEAN, EvaluationError, load_models
+from fastcolor.evaluation.films import TRUTH, evaluate_films, find_films, has_photos
+from fastcolor.evaluation.metrics import colorfulness, psnr
+from fastcolor.evaluation.report import html
+from fastcolor.evaluation.video import color_distribution_consistency, flicker
+from fastcolor.model.colorizer import Colorizer
+from fastcolor.ops.lab import rgb_to_lab
+from fastcolor.video.colorizer import VideoColorizer, VideoOptions
 
 
 def scene(count, seed=0, height=40, width=50):
